@@ -1,0 +1,58 @@
+# make setup | demo | test | check | bench. Everything is installed into .venv; only Python 3.11 and make are needed.
+PYTHON ?= python3.11
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+T5     := .venv/transformers5
+PEERS  := .venv-peers
+
+.PHONY: setup demo test test-full test-transformers5 check bench clean
+
+setup: .venv/.ready
+
+# torch first and alone: otherwise a resolver may bring a CUDA build of several GB.
+.venv/.ready: requirements/full.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements/full.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The second leg: transformers 5 and what it alone needs, laid over the same environment.
+$(T5)/.ready: requirements/transformers5.txt .venv/.ready
+	rm -rf $(T5)
+	$(PIP) --no-deps --target $(T5) -r requirements/transformers5.txt
+	touch $@
+
+demo: setup
+	$(BIN)/dwindle demo -o demo-run
+
+test: test-full test-transformers5
+
+test-full: setup
+	$(BIN)/python -P -m pytest -q
+
+test-transformers5: $(T5)/.ready
+	PYTHONPATH=$(T5) $(BIN)/python -P -m pytest -q -m "not slow and not demo" tests/core tests/prune tests/quantize tests/export/test_decoder.py
+
+# Types are checked against a plain install: type checkers cannot follow an editable package-dir mapping.
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types
+	$(PIP) --no-deps --no-build-isolation --target build/types .
+	MYPYPATH=build/types $(BIN)/mypy -p dwindle
+	$(BIN)/python -P -m pytest -q tests/test_house.py
+
+bench: setup $(PEERS)/.ready
+	$(BIN)/python -P benchmarks/run.py --peers $(PEERS)/bin/python
+
+$(PEERS)/.ready: requirements/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/peers.txt
+	touch $@
+
+clean:
+	rm -rf build demo-run .pytest_cache .mypy_cache .ruff_cache
