@@ -1,0 +1,84 @@
+"""The errors a user can meet, and the exit code each one ends a command with.
+
+    DwindleError                 everything below; never a traceback unless --debug
+    |- RecipeError          2    a recipe, option or flag that cannot be meant
+    |- DataError            2    a corpus or token set that cannot be used
+    |- UnsupportedModel     2    a checkpoint, family or shape outside the table
+    |- DoesNotFit           2    no plan meets the budget that was asked for
+    |- OutputError          2    a place that cannot be written, or that holds something else
+    |- MissingExtra         2    an optional package is not installed (with the pip line)
+    `- GateFailed           1    work was done, but a quality, parity or budget gate failed
+
+A message says what was found, what was needed and what to do, with every offender at once:
+`offenders()` formats such a list so that all errors read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "DataError",
+    "DoesNotFit",
+    "DwindleError",
+    "GateFailed",
+    "MissingExtra",
+    "OutputError",
+    "RecipeError",
+    "UnsupportedModel",
+    "offenders",
+]
+
+
+class DwindleError(Exception):
+    """Base of all errors that are the user's to mend. `exit_code` is what the CLI returns."""
+
+    exit_code = 2
+
+
+class RecipeError(DwindleError):
+    """A recipe, an option or a flag that cannot be meant."""
+
+
+class DataError(DwindleError):
+    """A corpus, text file or token set that cannot be used."""
+
+
+class UnsupportedModel(DwindleError):
+    """A checkpoint that is no model, is damaged, or belongs to a family outside the table."""
+
+
+class DoesNotFit(DwindleError):
+    """No plan within the limits meets the budget."""
+
+
+class OutputError(DwindleError):
+    """An output place that cannot be written or belongs to another run."""
+
+
+class MissingExtra(DwindleError):
+    """An optional dependency is missing.
+
+    >>> str(MissingExtra("Core ML export", "coreml"))
+    "Core ML export needs an extra that is not installed. Run: pip install 'dwindle[coreml]'"
+    """
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an extra that is not installed. Run: pip install 'dwindle[{extra}]'")
+
+
+class GateFailed(DwindleError):
+    """The work was done, but its result misses a gate: quality, parity or a budget."""
+
+    exit_code = 1
+
+
+def offenders(names: Iterable[str], limit: int = 20) -> str:
+    """Return names joined by commas; past `limit`, the count of those left out.
+
+    >>> offenders(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    listed = list(names)
+    shown = ", ".join(listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

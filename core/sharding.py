@@ -1,0 +1,128 @@
+"""The processes of a `torchrun` launch, and a model sharded over them with FSDP2.
+
+Every process calls `train` with the same plain module. `Sharded` makes a second module of it whose decoder layers and
+root are sharded by `torch.distributed.fsdp.fully_shard` (ZeRO-3; Zhao et al. 2023, arXiv 2304.11277): each process
+holds 1/n of weights, gradients and moments, and gathers one layer at a time. The plain module waits (on the CPU, if it
+came on a GPU) and gets the trained weights at the end, in every process, so that the next step of a pipeline
+meets the type it expects. `fully_shard` itself has no way back.
+
+gloo carries CPU tensors and Python objects, NCCL CUDA tensors. A launch on several machines needs one file system.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+__all__ = ["Processes", "Sharded", "repeated_layers", "whole"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls, device: torch.device) -> Processes:
+        """Return the processes of this launch; joins them on the first call under `torchrun`."""
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                return cls()
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Return whether this process writes the files that exist once."""
+        return self.rank == 0
+
+    def shared(self, value: _T) -> _T:
+        """Return the first process's `value` in every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Return the mean of each value over the processes."""
+        if self.world == 1:
+            return values
+        together = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(together)
+        return [value / self.world for value in together.tolist()]
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.mean([0.0])
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the members of the longest outermost `nn.ModuleList`: a decoder's layers, whatever the family's names."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [m for name, m in lists.items() if not any(name.startswith(f"{o}.") for o in lists if o != name)]
+    return list(max(outermost, key=len, default=[]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor put together (every process must call), any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Sharded:
+    """The module to train: `plain` itself in one process, a sharded twin of it in several."""
+
+    def __init__(self, plain: nn.Module, processes: Processes) -> None:
+        self._plain = plain
+        self.module = plain
+        self._device = next(plain.parameters()).device
+        if processes.world > 1:
+            self.module = self._twin(processes)
+
+    def _twin(self, processes: Processes) -> nn.Module:
+        """Return a sharded module that starts from the plain one's weights, without a second full copy of them."""
+        if self._device.type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            self._plain.to(self._device)
+        twin = copy.deepcopy(self._plain, {id(p): p for p in self._plain.parameters()})
+        mesh = init_device_mesh(self._device.type, (processes.world,))
+        for layer in repeated_layers(twin):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(twin, mesh=mesh)
+        if self._device.type == "cuda":
+            self._plain.to("cpu")
+        return twin
+
+    def release(self) -> None:
+        """Leave the plain module on the device it came on."""
+        if self.module is not self._plain:
+            self._plain.to(self._device)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the trained weights to the plain module, in every process."""
+        if self.module is self._plain:
+            return
+        plain = dict(self._plain.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                plain[name].copy_(whole(parameter))
+        for own, trained in zip(self._plain.buffers(), self.module.buffers(), strict=True):
+            own.copy_(trained)

@@ -1,0 +1,273 @@
+"""The one training loop. Distillation, masks, adapters and quantization-aware training differ in their objective only.
+
+    rate(s) = learning_rate * schedule(s)          g = mean over the batch's windows of d loss / d weights
+    g <- g * min(1, clip_norm / |g|)               weights <- AdamW(weights, g, rate(s))
+
+AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101); weights with fewer than two axes (norms, biases) do not
+decay. The loop is PyTorch's own and not `transformers.Trainer`, because that shards on CUDA only and hands losses
+logits where fused ones need hidden states.
+
+Exact resume: the data order (`data_order`), the rate (`schedules`) and torch's random state, set before each forward
+pass, are pure functions of seed and step; weights and moments come from the checkpoint. On a CPU a resumed run ends
+with the same bits as an undisturbed one.
+
+Under `torchrun` the batch is cut over the processes and the model is sharded (`sharding`). The batch is the same as in
+one process, so the gradient is too, up to the order of additions. A `TokenSet` row of T tokens predicts T - 1: the
+objective gets [B, T] and shifts inside.
+
+Memory over the weights: one gradient and two fp32 moments per trainable weight, and the activations of one piece;
+a checkpoint adds no copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dwindle.checkpoint import Checkpoints
+from dwindle.data_order import mixed_seed, windows_of_step
+from dwindle.errors import DataError, GateFailed, RecipeError
+from dwindle.progress import progress_bar
+from dwindle.schedules import schedule_of
+from dwindle.sharding import Processes, Sharded, whole
+from dwindle.storage import hash_json, require_space
+from dwindle.token_set import TokenSet
+from dwindle.trackers import Tracker, open_trackers
+from dwindle.train_log import RunProgress, TrainLine, TrainResult, append_line, cut_log
+from dwindle.train_options import TrainOptions
+
+__all__ = ["NextToken", "Objective", "TrainLine", "TrainOptions", "TrainResult", "train"]
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the mean loss over the predicted tokens of `batch` [B, T], and named parts of it for the log.
+
+        `model` must be called as a whole: under `torchrun` it is a sharded twin of the module given to `train`, and
+        its weights are gathered in its forward pass only. Random draws come from torch's default generator.
+        """
+        ...
+
+
+class NextToken:
+    """Cross-entropy of the next token in nats: the plain language-model objective."""
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the mean of -log p(token t+1 | tokens up to t) over B x (T - 1) predictions."""
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten()), {}
+
+
+def _optimizer(trainable: list[nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
+    """Return AdamW with its moments in place, so that a checkpoint can be loaded into them."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=options.learning_rate, betas=options.betas, fused=True
+    )
+    for parameter in trainable:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+class _Run:
+    """Model, optimizer and data of one call of `train`, and what one step does with them."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, tokens: TokenSet, options: TrainOptions, processes: Processes
+    ) -> None:
+        self.model, self.objective, self.tokens = model, objective, tokens
+        self.options, self.processes = options, processes
+        self.windows, self.window_tokens = tokens.ids.shape
+        self.steps = options.total_steps(self.windows, self.window_tokens)
+        self.schedule = schedule_of(options.schedule, options.warmup_share, options.decay_share, options.final_share)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.trainable[0].device
+        self.optimizer = _optimizer(self.trainable, options)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers of this run, but for the weights it starts from."""
+        free = {"tokens", "steps", "checkpoint_every", "checkpoints_kept", "log_every", "trackers"}
+        chosen = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name not in free}
+        shapes = [[name, list(p.shape), p.requires_grad] for name, p in self.model.named_parameters()]
+        return {**chosen, "steps": self.steps, "token_set": self.tokens.sha256, "model": hash_json(shapes)}
+
+    def gradients(self, step: int) -> tuple[float, dict[str, float]]:
+        """Add the gradient of step `step`'s batch to the weights; return its mean loss and parts."""
+        options, rank, world = self.options, self.processes.rank, self.processes.world
+        windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
+        pieces = windows.view(options.gradient_accumulation, world, -1)[:, rank]
+        total, parts = 0.0, dict[str, float]()
+        for index, piece in enumerate(pieces):
+            torch.manual_seed(mixed_seed(options.seed, step, index * world + rank))
+            batch = self.tokens.ids[piece].to(self.device, torch.long)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                loss, named = self.objective.loss(self.model, batch)
+            (loss / len(pieces)).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / len(pieces)
+            for name, value in named.items():
+                parts[name] = parts.get(name, 0.0) + float(value) / len(pieces)
+        total, *means = self.processes.mean([total, *parts.values()])
+        return total, dict(zip(parts, means, strict=True))
+
+    def step(self, step: int) -> tuple[float, dict[str, float], float, float]:
+        """Take optimizer step `step` (0-based); return loss, parts, learning rate and the norm before clipping."""
+        rate = self.options.learning_rate * self.schedule.scale(step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = self.gradients(step)
+        limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
+        norm = float(whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise GateFailed(
+                f"train: step {step + 1} of {self.steps} has loss {loss} and gradient norm {norm}. "
+                "The update was not made, and earlier checkpoints are kept. "
+                f"Lower learning_rate ({self.options.learning_rate:g}), raise warmup_share "
+                f"({self.options.warmup_share:g}), or mend the data."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, parts, rate, norm
+
+
+def _content_sum(model: nn.Module) -> int:
+    """Return the sum of all weights' and buffers' bit patterns, read as whole numbers: exact in any order, no copy."""
+    whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(
+        int(value.detach().contiguous().view(whole_numbers[value.element_size()]).sum(dtype=torch.int64))
+        for value in model.state_dict().values()
+        if isinstance(value, Tensor) and value.numel() and value.element_size() in whole_numbers
+    )
+
+
+def _check(model: nn.Module, tokens: TokenSet, options: TrainOptions, world: int) -> None:
+    tokens.require("train")
+    if tokens.ids.ndim != 2 or tokens.ids.shape[0] < 1 or tokens.ids.shape[1] < 2:
+        raise DataError(
+            f"{tokens.source}: the token set has the shape {tuple(tokens.ids.shape)}; training needs at least "
+            "one window of at least 2 tokens. Add text or take a shorter context."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError("train: the model has no trainable weights. Unfreeze some, or attach an adapter first.")
+    if options.batch_size % (options.gradient_accumulation * world):
+        raise RecipeError(
+            f"train: batch_size={options.batch_size} cannot be cut into gradient_accumulation="
+            f"{options.gradient_accumulation} pieces for each of {world} processes. Take a multiple of "
+            f"{options.gradient_accumulation * world}."
+        )
+
+
+def _resume(run: _Run, folder: Path | None, fingerprint: Mapping[str, Any]) -> tuple[RunProgress, Checkpoints | None]:
+    """Return where the run stands; weights and moments are loaded if `folder` holds a checkpoint."""
+    progress = RunProgress(run.options.batch_size * run.window_tokens)
+    if folder is None:
+        return progress, None
+    checkpoints = Checkpoints(folder, fingerprint, run.options.checkpoints_kept, run.processes)
+    needed = 3 * sum(p.numel() * p.element_size() for p in run.trainable)
+    require_space(folder, needed * (run.options.checkpoints_kept + 1))
+    if (found := checkpoints.newest()) is not None:
+        checkpoints.load(found, run.model, run.optimizer)
+        progress = RunProgress.from_json(found.progress)
+    if run.processes.first:
+        cut_log(folder / "run.jsonl", progress.step)
+    return progress, checkpoints
+
+
+@contextlib.contextmanager
+def _training(run: _Run) -> Iterator[None]:
+    """Training mode and a random state of our own; both are put back, and no gradient stays behind."""
+    modes = {module: module.training for module in run.model.modules()}
+    run.model.train()
+    try:
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            yield
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _loop(
+    run: _Run,
+    progress: RunProgress,
+    checkpoints: Checkpoints | None,
+    listeners: list[Callable[[TrainLine], None]],
+    line_listeners: list[Callable[[TrainLine], None]],
+) -> None:
+    """Take the steps that are left; tell `listeners` of each one, and `line_listeners` of each log line."""
+    while progress.step < run.steps:
+        began = time.perf_counter()
+        loss, parts, rate, norm = run.step(progress.step)
+        now = progress.add(loss, parts, rate, norm, time.perf_counter() - began)
+        for listener in listeners:
+            listener(now)
+        last = progress.step == run.steps
+        if last or progress.step % run.options.log_every == 0:
+            line = progress.close_line(now)
+            for listener in line_listeners:
+                listener(line)
+        if checkpoints is not None and (last or progress.step % run.options.checkpoint_every == 0):
+            checkpoints.save(progress.step, run.model, run.optimizer, progress.to_json())
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    tokens: TokenSet,
+    options: TrainOptions,
+    *,
+    folder: Path | None = None,
+    on_step: Callable[[TrainLine], None] | None = None,
+    identity: Mapping[str, object] | None = None,
+) -> TrainResult:
+    """Train `model` in place and return how it went. Under `torchrun` every process calls this alike.
+
+    With a `folder`, run.jsonl and checkpoints are written there, and a call with the same arguments goes on from the
+    newest whole checkpoint; a finished run only loads its weights. A checkpoint is refused if options, data, starting
+    weights or `identity` differ: JSON values for what the loop cannot see, such as the losses and the teacher.
+    `on_step` gets every step's own values, in every process.
+
+    Raises DataError for a token set of another role or without windows, RecipeError if nothing is trainable, the batch
+    cannot be cut, or the folder holds another run, MissingExtra for a tracker that is not installed, and GateFailed
+    when a loss or gradient is no finite number.
+    """
+    processes = Processes.current(next(model.parameters()).device)
+    _check(model, tokens, options, processes.world)
+    start = {} if folder is None else {"start_weights": _content_sum(model), **(identity or {})}
+    sharded = Sharded(model, processes)
+    try:
+        run = _Run(sharded.module, objective, tokens, options, processes)
+        progress, checkpoints = _resume(run, folder, {**run.settings(), **start})
+        names = options.trackers if processes.first and progress.step < run.steps else ()
+        trackers: list[Tracker] = open_trackers(names, folder, run.settings(), progress.step)
+        line_listeners: list[Callable[[TrainLine], None]] = [tracker.log for tracker in trackers]
+        if folder is not None and processes.first:
+            log = folder / "run.jsonl"
+            line_listeners.append(lambda line: append_line(log, line))
+        try:
+            with _training(run), progress_bar(progress.step, run.steps, processes.first) as draw:
+                _loop(run, progress, checkpoints, [draw, *([] if on_step is None else [on_step])], line_listeners)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+        sharded.finish()
+    finally:
+        sharded.release()
+    processes.wait()
+    return progress.result()

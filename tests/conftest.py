@@ -1,0 +1,127 @@
+"""Fixtures for all rooms: tiny random models of every family, a byte-level tokenizer, and the real test assets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY_VOCAB = 272
+_SHAPE = {
+    "vocab_size": TINY_VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256,
+    "eos_token_id": 257, "pad_token_id": None, "initializer_range": 0.15, "tie_word_embeddings": True,
+}  # fmt: skip
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8, "tie_word_embeddings": False, "head_dim": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8,
+                    "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 64},
+    "smollm3": {"no_rope_layers": [1, 0], "num_hidden_layers": 2},
+    "olmo2": {"tie_word_embeddings": False},
+}  # fmt: skip
+
+TINY_FAMILIES = tuple(_FAMILY)
+
+
+def _make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _make_model(model_type: str, seed: int, overrides: dict[str, Any]) -> Any:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from dwindle.anatomy import anatomy_of
+
+    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **_FAMILY[model_type], **overrides})
+    attention = "eager" if anatomy_of(config).traits.attention_softcap else "sdpa"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors are faster on one thread, and several test runs may share a machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer: ids 0-255 are bytes, 256 <s> (added in front), 257 </s>, 258 <pad>."""
+    return _make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Callable[..., Any]:
+    """Factory of tiny random bundles (about 30k parameters): tiny_bundle("qwen3", num_hidden_layers=3, seed=1).
+
+    Keywords are config values over the family's tiny defaults; `storage_dtype` names a torch dtype. Context 64.
+    """
+
+    def make(model_type: str = "llama", *, seed: int = 0, storage_dtype: Any = None, **overrides: Any) -> Any:
+        import torch
+
+        from dwindle.bundle import ModelBundle
+
+        return ModelBundle.from_model(
+            _make_model(model_type, seed, overrides), _make_tokenizer(), name=f"tiny-{model_type}",
+            storage_dtype=storage_dtype or torch.float32,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and texts: $DWINDLE_ASSETS, or shared/assets beside the repository; else skip."""
+    given = os.environ.get("DWINDLE_ASSETS")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "assets"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no real models at {folder}; set DWINDLE_ASSETS to a folder with models/ and data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole `dwindle demo`, run once per session (a few minutes)."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("demo") / "demo-run"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-P", "-m", "dwindle.pipeline.cli", "demo", "-o", str(folder)],
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    (folder / "printed.txt").write_text(done.stdout)
+    return folder

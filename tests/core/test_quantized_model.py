@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dwindle.bundle import ModelBundle
+from dwindle.errors import UnsupportedModel
+from dwindle.quantized_model import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TiedHead,
+    apply_quantized_weights,
+    cache_dense,
+    is_quantized,
+    packed_buffer_names,
+    packed_specs,
+    quantized_weights,
+)
+from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
+
+Factory = Callable[..., ModelBundle]
+
+
+def affine(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> AffineWeight:
+    grouped = weight.view(len(weight), -1, group_size)
+    scales = (grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)).half()
+    codes = (grouped / scales.float()[..., None]).round() + 2 ** (bits - 1)
+    codes = codes.clamp(0, 2**bits - 1).to(torch.uint8).view(weight.shape)
+    zeros = None if symmetric else torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return AffineWeight(codes, scales, zeros, bits, group_size)
+
+
+def palettized(weight: torch.Tensor, bits: int, group_size: int) -> PalettizedWeight:
+    groups = weight.view(len(weight) // group_size, -1)
+    palettes = torch.quantile(groups, torch.linspace(0.01, 0.99, 2**bits), dim=1).T.half().contiguous()
+    indices = (groups[..., None] - palettes.float()[:, None]).abs().argmin(-1)
+    return PalettizedWeight(indices.to(torch.uint8).view(weight.shape), palettes, bits, group_size)
+
+
+def packed(bundle: ModelBundle) -> tuple[Any, dict[str, QuantizedWeight]]:
+    """A packed copy of the model: 3-bit palettes in the FFN, asymmetric int4 in attention, int8 embedding and head."""
+    model, anatomy = copy.deepcopy(bundle.model), bundle.anatomy
+    weights: dict[str, QuantizedWeight] = {}
+    for name in anatomy.linear_names():
+        dense = model.get_submodule(name).weight.data
+        weights[name] = palettized(dense, 3, 16) if "mlp" in name else affine(dense, 4, 8, symmetric=False)
+    for name in [anatomy.embedding] + ([] if anatomy.tied else [anatomy.head]):
+        weights[name] = affine(model.get_submodule(name).weight.data, 8, anatomy.width)
+    apply_quantized_weights(model, weights, {anatomy.head: anatomy.embedding} if anatomy.tied else {})
+    return model, weights
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(24).view(2, 12)).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3"])
+def test_packed_modules_compute_what_dense_ones_do(family: str, tiny_bundle: Factory) -> None:
+    bundle = tiny_bundle(family)
+    model, weights = packed(bundle)
+    dense = copy.deepcopy(bundle.model)
+    for name, weight in weights.items():
+        dense.get_submodule(name).weight.data = weight.dequantize()
+    assert torch.equal(logits(model), logits(dense))
+    assert quantized_weights(model).keys() == weights.keys()
+    assert all(torch.equal(w.dequantize(), weights[n].dequantize()) for n, w in quantized_weights(model).items())
+    assert packed_specs(model).keys() == weights.keys()
+    assert all(spec.items() >= weights[name].spec().items() for name, spec in packed_specs(model).items())
+    assert is_quantized(model)
+    assert not is_quantized(dense)
+
+
+def test_a_dense_cache_changes_no_bit(tiny_bundle: Factory) -> None:
+    model, _ = packed(tiny_bundle("gemma3_text"))
+    without = logits(model)
+    cache_dense(model)
+    linear = model.model.layers[0].mlp.up_proj
+    assert torch.equal(logits(model), without)
+    assert linear.weight is linear.weight
+    cache_dense(model, enabled=False)
+    assert linear.weight is not linear.weight
+    assert torch.equal(logits(model), without)
+
+
+def test_tables_survive_casts_and_moves(tiny_bundle: Factory) -> None:
+    model, weights = packed(tiny_bundle("llama"))
+    before = logits(model)
+    nn.Module.to(model, torch.bfloat16)
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.palettes.dtype == torch.float16
+    assert torch.equal(linear.palettes, weights["model.layers.0.mlp.up_proj"].palettes)  # type: ignore[union-attr]
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    nn.Module.to(model, torch.float32)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert logits(model).dtype == before.dtype
+
+
+def test_a_copied_model_has_its_own_tied_head(tiny_bundle: Factory) -> None:
+    model, _ = packed(tiny_bundle("llama"))
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    assert isinstance(twin.lm_head, TiedHead)
+    twin.model.embed_tokens.scales.zero_()
+    assert torch.equal(logits(model), before)
+    assert not logits(twin).any()
+
+
+def test_stock_from_pretrained_reads_stock_save_pretrained(tiny_bundle: Factory, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family in ("llama", "gemma3_text", "phi3"):
+        model, _ = packed(tiny_bundle(family))
+        tiny_bundle(family).save(tmp_path / family)
+        saved = ModelBundle.load(tmp_path / family)
+        packed_bundle = saved.derive(model, "quantize", {}, {})
+        packed_bundle.save(tmp_path / f"{family}-packed")
+        first, problems = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-packed", output_loading_info=True)
+        assert not any(problems[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(logits(first), logits(model))
+        first.save_pretrained(tmp_path / f"{family}-again")
+        second = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-again", dtype=torch.bfloat16)
+        assert torch.equal(logits(second), logits(model))
+        assert {second.state_dict()[n].dtype for n in packed_buffer_names(second)} <= {torch.uint8, torch.float16}
+
+
+def test_tie_weights_is_harmless(tiny_bundle: Factory) -> None:
+    model, _ = packed(tiny_bundle("llama"))
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+
+
+def test_a_packed_model_generates(tiny_bundle: Factory) -> None:
+    model, _ = packed(tiny_bundle("llama"))
+    ids = torch.tensor([[1, 2, 3]])
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).shape[1] > 3
+
+
+def test_rows_of_an_embedding_are_unpacked_alone() -> None:
+    table = torch.randn(50, 12)
+    for weight in (affine(table, 8, 12), affine(table, 4, 4), affine(table, 3, 12), affine(table, 4, 4, False),
+                   palettized(table, 2, 10)):  # fmt: skip
+        layer = QuantizedEmbedding.from_weight(weight, output_scale=3.0)
+        ids = torch.tensor([[0, 49], [7, 7]])
+        assert torch.equal(layer(ids), weight.dequantize()[ids] * 3.0)
+
+
+def test_linear_with_bias() -> None:
+    weight, bias = affine(torch.randn(6, 8), 4, 4), torch.randn(6)
+    layer = QuantizedLinear.from_weight(weight, bias)
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), nn.functional.linear(x, weight.dequantize(), bias))
+    assert "6x8, affine, bits=4" in repr(layer)
+    assert QuantizedLinear.from_weight(weight).bias is None
+
+
+def test_a_newer_version_is_refused(tiny_bundle: Factory, tmp_path: Path) -> None:
+    config = saved_config(tiny_bundle, tmp_path)
+    config["quantization_config"]["version"] = 2
+    with pytest.raises(UnsupportedModel, match=r"version 2; this dwindle reads version 1"):
+        reload_with(config, tmp_path)
+
+
+def test_a_config_of_another_model_is_refused(tiny_bundle: Factory, tmp_path: Path) -> None:
+    config = saved_config(tiny_bundle, tmp_path)
+    modules = config["quantization_config"]["modules"]
+    modules["model.layers.7.mlp.up_proj"] = modules["model.layers.0.mlp.up_proj"]
+    with pytest.raises(UnsupportedModel, match=r"1 modules that the model does not have: model.layers.7.mlp.up_proj"):
+        reload_with(config, tmp_path)
+
+
+def test_unknown_config_keys_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    from dwindle.transformers_quantizer import DwindleConfig
+
+    assert DwindleConfig(colour="red").to_dict()["quant_method"] == "dwindle"
+    assert "colour" in caplog.text
+
+
+def saved_config(tiny_bundle: Factory, folder: Path) -> dict[str, Any]:
+    bundle = tiny_bundle("llama")
+    bundle.derive(packed(bundle)[0], "quantize", {}, {}).save(folder / "model")
+    return dict(json.loads((folder / "model" / "config.json").read_text()))
+
+
+def reload_with(config: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def test_a_bare_import_is_light_and_enough(tiny_bundle: Factory, tmp_path: Path) -> None:
+    """In a fresh process: `import dwindle` loads no torch, and stock transformers then reads the folder."""
+    bundle = tiny_bundle("llama", storage_dtype=torch.float16)
+    packed_bundle = bundle.derive(packed(bundle)[0], "quantize", {}, {})
+    packed_bundle.save(tmp_path / "model")
+    torch.save(logits(packed_bundle.model), tmp_path / "logits.pt")
+    code = f"""
+import sys, warnings
+import dwindle
+assert not [m for m in ("torch", "transformers", "numpy") if m in sys.modules]
+sys.modules["accelerate"] = None
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM
+import transformers.quantizers.auto as table
+assert type(table.__spec__.loader).__module__ != "dwindle.registration"
+dwindle.registration.install()
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+with torch.inference_mode():
+    logits = model(torch.arange(24).view(2, 12)).logits
+assert torch.equal(logits, torch.load({str(tmp_path / "logits.pt")!r}))
+assert not model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_after_transformers_registers_at_once() -> None:
+    code = """
+import transformers.quantizers.auto as table
+import dwindle
+assert "dwindle" in table.AUTO_QUANTIZER_MAPPING and "dwindle" in table.AUTO_QUANTIZATION_CONFIG_MAPPING
+dwindle.registration.install()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_adapters_can_train_beside_a_cached_layer() -> None:
+    layer = QuantizedLinear.from_weight(affine(torch.randn(6, 8), 4, 4))
+    layer.cache_dense = True
+    with torch.inference_mode():
+        layer(torch.randn(2, 8))
+    x = torch.randn(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 8))  # type: ignore[arg-type]
+
+
+def test_the_embedding_scale_is_the_replaced_modules_own() -> None:
+    """transformers moved Gemma 2's scale from the decoder into the embedding: the checkpoint must not hold it."""
+    from dwindle.quantized_model import replace_modules
+
+    class Scaled(nn.Embedding):
+        scalar_embed_scale = 3.0
+
+    table = affine(torch.randn(10, 8), 8, 8)
+    config = {"version": 1, "tied": {}, "modules": {"0": {"role": "embedding", **table.spec()}}}
+    for embedding, scale in ((Scaled(10, 8), 3.0), (nn.Embedding(10, 8), 1.0)):
+        model = nn.Sequential(embedding)
+        replace_modules(model, config)
+        model[0].fill(table)
+        assert torch.equal(model(torch.arange(10)), table.dequantize() * scale)
+    skeleton = nn.Sequential(nn.Embedding(10, 8))
+    skeleton[0].register_buffer("embed_scale", torch.tensor(2.0, device="meta"))
+    replace_modules(skeleton, config)
+    assert skeleton[0].output_scale != skeleton[0].output_scale
