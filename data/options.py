@@ -1,0 +1,53 @@
+"""What to read for training, calibration and evaluation. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dwindle.errors import RecipeError
+
+__all__ = ["DataOptions"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Places of the three roles (see `sources`) and how they are cut."""
+
+    train: tuple[str, ...]
+    """Files, folders or data sets to train on."""
+    calibration: str | None = None
+    """Place of the calibration text; None draws documents out of the training data, which then lack them."""
+    evaluation: str | None = None
+    """Place of the evaluation text; None holds out the last part of the training data."""
+    text_column: str = "text"
+    """Column of .jsonl, .json, .csv, .parquet and data sets; `PLACE::COLUMN` overrides it for one place."""
+    context: int | None = None
+    """Tokens a window predicts; None is the model's context, but at most 2,048."""
+    calibration_windows: int = 128
+    """Calibration windows (fewer if a quarter of the training text is less than that)."""
+    evaluation_share: float = 0.02
+    """Share of the training text that is held out when `evaluation` is None."""
+    evaluation_tokens: int | None = None
+    """Evaluate on the first so many tokens; None is the whole text."""
+    train_tokens: int | None = None
+    """Read at most about this much training data; None is all of it."""
+    seed: int = 0
+    """Order of the windows and choice of the calibration documents."""
+
+    def __post_init__(self) -> None:
+        places = (self.train,) if isinstance(self.train, str) else tuple(self.train)
+        object.__setattr__(self, "train", places)
+        wrong = []
+        if not places or not all(isinstance(place, str) and place for place in places):
+            wrong.append(f"train={list(places)!r} (needed: at least one file, folder or data set)")
+        wrong += [
+            f"{name}={getattr(self, name)!r} (needed: a whole number of at least {least}, or none)"
+            for name, least in (("context", 2), ("evaluation_tokens", 2), ("train_tokens", 1))
+            if getattr(self, name) is not None and not getattr(self, name) >= least
+        ]
+        if not self.calibration_windows >= 1:
+            wrong.append(f"calibration_windows={self.calibration_windows!r} (needed: a whole number of at least 1)")
+        if not 0 < self.evaluation_share < 1:
+            wrong.append(f"evaluation_share={self.evaluation_share!r} (needed: between 0 and 1)")
+        if wrong:
+            raise RecipeError(f"data: {'; '.join(wrong)}.")

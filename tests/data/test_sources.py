@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwindle.data.packing import joined_text
+from dwindle.data.sources import check_sources, read_documents
+from dwindle.errors import DataError
+
+
+def texts(place: Any, column: str = "text") -> list[str]:
+    return [d.text for d in read_documents(str(place), column)]
+
+
+def test_marker_lines_separate_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\r\n<|endoftext|>\r\n\r\nthree <|endoftext|> inline\n<|endoftext|>\n \n")
+    assert texts(path) == ["one\r\ntwo\r\n", "\r\nthree <|endoftext|> inline\n"]
+
+
+@pytest.mark.parametrize("blank", ["\n", " \n", "\t\r\n", "\n\n\n"])
+def test_stretches_of_paragraphs_give_the_file_back(tmp_path: Path, blank: str) -> None:
+    text = "\n" + "".join(f"paragraph {i} " * 40 + "\n" + blank for i in range(60)) + "end"
+    path = tmp_path / "a.txt"
+    path.write_text(text, newline="")
+    documents = list(read_documents(str(path), "text"))
+    assert len(documents) > 3
+    assert [d.continues for d in documents] == [False] + [True] * (len(documents) - 1)
+    assert all(len(d.text) >= 4000 for d in documents)
+    assert joined_text(documents) == text
+
+
+def test_rows_of_every_format(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": "a, b\nc", "n": 1}, {"text": "d", "n": 2}, {"text": "  ", "n": 3}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.csv").write_text('text,n\n"a, b\nc",1\nd,2\n  ,3\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    with gzip.open(tmp_path / "e.jsonl.gz", "wt") as handle:
+        handle.write("\n".join(map(json.dumps, rows)))
+    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e.jsonl.gz"):
+        assert texts(tmp_path / name) == ["a, b\nc", "d"], name
+    assert len(texts(tmp_path)) == 10
+
+
+def test_the_column_can_stand_in_the_place(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nq,a\n")
+    assert texts(f"{tmp_path / 'a.csv'}::answer") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_missing_column_names_those_found(tmp_path: Path, name: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"title": ["x"], "body": ["y"]}), path)
+    else:
+        path.write_text({"a.jsonl": '{"title": "x", "body": "y"}', "a.json": '[{"title": "x", "body": "y"}]',
+                         "a.csv": "title,body\nx,y\n"}[name])  # fmt: skip
+    with pytest.raises(DataError, match=r"no column 'text'; the columns are title, body.*PLACE::COLUMN"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a.jsonl:2: no JSON"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: a list, but an object"),
+        ("a.jsonl", b'{"text": 5}\n', r"column 'text' holds a int"),
+        ("a.json", b'{"text": "x"}', r"a JSON dict, but a list of objects"),
+        ("a.json", b"[{]", r"no JSON .*name it .jsonl"),
+        ("a.parquet", b"PAR1 no", r"no readable parquet"),
+        ("a.csv", b"text\n\xff\xfe\xfd\n", r"no UTF-8"),
+        ("a.txt.gz", gzip.compress(b"text " * 1000)[:40], r"damaged"),
+    ],
+)
+def test_damaged_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / name)
+
+
+def test_all_unusable_sources_are_named_at_once(tmp_path: Path) -> None:
+    contents = {"empty.txt": b"", "nul.txt": b"a\0b", "latin.txt": b"caf\xe9 au lait", "blank.txt": b" \n\n",
+                "zip.txt.gz": b"not gzip", "good.txt": "schön".encode()}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "image.png").write_bytes(b"x")
+    places = [*(str(tmp_path / name) for name in contents), str(tmp_path / "folder"), "missing/dir/a.txt", "gone.txt"]
+    with pytest.raises(DataError) as caught:
+        check_sources(places, "text")
+    message = str(caught.value)
+    for wanted in ("empty.txt: the file is empty", "nul.txt: a binary file", "latin.txt: no UTF-8 text (byte 3)",
+                   "blank.txt: the file holds white space only", "zip.txt.gz: cannot be read",
+                   "folder: the folder holds", "missing/dir/a.txt: no such", "gone.txt: no such file"):  # fmt: skip
+        assert wanted in message
+    assert "good.txt" not in message
+
+
+def test_a_character_across_the_sample_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.data.sources._SAMPLE_BYTES", 6)
+    (tmp_path / "a.txt").write_text("abcde好xyz", encoding="utf-8")
+    check_sources([str(tmp_path / "a.txt")], "text")
+
+
+def test_a_folder_leaves_out_what_is_no_text_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, content in {"b.py": b"x = 1\n", "a.md": b"# A\n", "bad.py": b"\xff\xfe", "__init__.py": b"",
+                          ".hidden.py": b"y", "__pycache__/c.py": b"z", "data.bin": b"w"}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert texts(tmp_path) == ["# A\n", "x = 1\n"]
+    assert "1 file(s) left out" in caplog.text
+    assert "bad.py: no UTF-8 text" in caplog.text
+
+
+def test_a_folder_of_nothing_readable(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="no file in the folder holds text"):
+        texts(tmp_path)
+
+
+def test_a_place_that_is_no_path_and_no_name() -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        texts("a/b/c.txt")
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls: list[Any] = []
+
+    def load(name: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        calls.append((name, config, options))
+        return [{"text": "one"}, {"text": " "}, {"text": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts("owner/set[small]:validation") == ["one", "two"]
+    assert calls == [("owner/set", "small", {"split": "validation", "streaming": True})]
+    check_sources(["owner/set"], "text")
+    with pytest.raises(DataError, match=r"row 1: no column 'story'; the columns are text"):
+        texts("owner/set", "story")
+
+
+def test_a_hub_failure_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"split 'train'.*ConnectionError: no route. Correct the path"):
+        texts("owner/set")
