@@ -1,0 +1,97 @@
+"""A PEFT adapter folder as plain tensors: adapter_config.json and adapter_model.safetensors, checked as a whole.
+
+Low-rank adapters only (LoRA, rsLoRA, DoRA). Read without PEFT, so that merging needs torch and safetensors alone; the
+tests hold the result to PEFT's own `merge_and_unload`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dwindle.errors import UnsupportedModel, offenders
+
+__all__ = ["LowRank", "read_adapter"]
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "magnitude",
+             ".lora_magnitude_vector.weight": "magnitude"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one linear O x I: W + scale * b @ a, for DoRA with its rows then set to the length `magnitude`."""
+
+    a: Tensor
+    """[r, I]"""
+    b: Tensor
+    """[O, r]"""
+    scale: float
+    magnitude: Tensor | None = None
+    """[O], DoRA only."""
+
+
+def read_adapter(folder: Path) -> dict[str, LowRank]:
+    """Return the low-rank changes by module name; raise UnsupportedModel naming everything that is none."""
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
+        if suffix is None or not name.startswith(_PREFIX):
+            strange.append(name)
+            continue
+        parts.setdefault(name.removeprefix(_PREFIX).removesuffix(suffix), {})[_SUFFIXES[suffix]] = tensor.float()
+    strange += [
+        f"{name} (lora_A or lora_B is missing)" for name, found in parts.items() if not {"a", "b"} <= set(found)
+    ]
+    if strange or not parts:
+        raise UnsupportedModel(
+            f"{folder}: {len(strange)} tensors are no low-rank change of a linear: {offenders(strange)}. "
+            "Only LoRA, rsLoRA and DoRA adapters of linear layers can be merged."
+        )
+    return {name: LowRank(f["a"], f["b"], _scale(config, name, f["a"].shape[0]), f.get("magnitude"))
+            for name, f in parts.items()}  # fmt: skip
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023); a module may have its own alpha."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            alpha = value
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{folder} is no PEFT adapter: adapter_config.json cannot be read ({error}).") from error
+    wrong = [f"{key}={config.get(key)!r} (needed {needed!r})"
+             for key, needed in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None))
+             if config.get(key, needed) != needed]  # fmt: skip
+    if config.get("fan_in_fan_out"):
+        wrong.append("fan_in_fan_out=True (needed False)")
+    if wrong:
+        raise UnsupportedModel(f"{folder}: this adapter cannot be merged exactly: {'; '.join(wrong)}.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        hint = " A pickle (adapter_model.bin) is never loaded." if (folder / "adapter_model.bin").exists() else ""
+        raise UnsupportedModel(f"{path} cannot be read as safetensors ({error}).{hint}") from error
