@@ -1,0 +1,165 @@
+"""Packed weights as Core ML's compressed constants, code for code.
+
+    PalettizedWeight -> constexpr_lut_to_dense(indices uint{b} [O, I], lut fp16 [O/g, 1, 2^b, 1])
+                        and, with row scales, constexpr_blockwise_shift_scale(scale fp16 [O, 1]) of it
+    AffineWeight     -> constexpr_blockwise_shift_scale(data int{b} or uint{b} [O, I], scale fp16 [O, I/g], offset)
+
+Core ML computes scale * (data - offset), our formula. A symmetric weight is stored as a signed integer without offset
+(data = code - 2^(b-1)), an asymmetric one as an unsigned integer with its zero points as offset: the codes go in as
+they are and nothing is rounded again.
+
+A graph pass puts them in: it runs first of all, while every weight is still a constant that bears its parameter's
+name, and fails unless it finds each one. Not `coremltools.optimize`, which clusters on its own, and not its
+`_COREML_/weight/lut` buffers, which search the index of every weight (12.6 s for one 3072 x 8192 matrix) and take
+palettes through float32, where `add_fp16_cast` lifts values near zero to the smallest fp16 number.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwindle.bundle import ModelBundle
+from dwindle.errors import MissingExtra, offenders
+from dwindle.quantized_model import QuantizedEmbedding, QuantizedLinear
+from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
+
+__all__ = ["AFFINE_BITS", "PALETTE_BITS", "carry_codes_pass", "coreml_problems", "engine_notes", "packed_specs"]
+
+PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+"""Widths of an index that Core ML stores."""
+AFFINE_BITS = (4, 8)
+"""Widths of an integer that Core ML stores."""
+NUMPY_TOO_NEW = (2, 4)
+"""coremltools 9.0 fails from this version on."""
+STATE_MULTIPLE = 32
+"""The last dimension of a state must be a multiple of it for the Neural Engine (coremltools issue 2631)."""
+
+LARGE_STATE_BYTES = 256_000_000
+"""States above this size are noted: they are allocated whole, however short the text is."""
+
+
+def packed_specs(bundle: ModelBundle) -> dict[str, dict[str, Any]]:
+    """Return module name -> spec (kind, bits, group_size, ...) of the packed weights, without unpacking any."""
+    modules = bundle.model.named_modules()
+    return {name: module.spec for name, module in modules if isinstance(module, QuantizedLinear | QuantizedEmbedding)}
+
+
+def coreml_problems(bundle: ModelBundle) -> list[str]:
+    """Return one line per thing that keeps this bundle from being written here; empty is good.
+
+    Raises MissingExtra without coremltools.
+    """
+    if importlib.util.find_spec("coremltools") is None:
+        raise MissingExtra("Core ML export", "coreml")
+    specs, problems = packed_specs(bundle), []
+    if tuple(int(part) for part in np.__version__.split(".")[:2]) >= NUMPY_TOO_NEW:
+        problems.append(f"coreml: coremltools does not convert with numpy {np.__version__}. "
+                        "Run: pip install 'numpy<2.4'")  # fmt: skip
+    for kind, allowed in ((PalettizedWeight.kind, PALETTE_BITS), (AffineWeight.kind, AFFINE_BITS)):
+        wrong = [f"{name} ({spec['bits']} bits)" for name, spec in specs.items()
+                 if spec["kind"] == kind and spec["bits"] not in allowed]  # fmt: skip
+        if wrong:
+            problems.append(
+                f"coreml: {len(wrong)} {kind} weights have a width that Core ML does not store: "
+                f"{offenders(wrong, 6)}. Quantize with bits of {', '.join(map(str, allowed))}."
+            )
+    return problems
+
+
+def engine_notes(bundle: ModelBundle, context: int) -> tuple[str, ...]:
+    """Return what converts and yet may disappoint on a device: work that leaves the Neural Engine, large states."""
+    notes, anatomy = [], bundle.anatomy
+    state_bytes = 2 * 2 * anatomy.layers * anatomy.kv_heads * anatomy.head_dim * context
+    if state_bytes > LARGE_STATE_BYTES:
+        notes.append(f"the KV cache of a context of {context:,} tokens takes {state_bytes / 1e6:,.0f} MB on the device "
+                     "from the start. Set context_length to what the app needs.")  # fmt: skip
+    if anatomy.head_dim % STATE_MULTIPLE:
+        notes.append(f"the KV cache's last dimension is head_dim={anatomy.head_dim}, no multiple of {STATE_MULTIPLE}: "
+                     "the Neural Engine is reported to refuse such states.")  # fmt: skip
+    scaled = [name for name, spec in packed_specs(bundle).items() if spec.get("row_scales")]
+    if scaled:
+        notes.append(f"{len(scaled)} weights have palettes with row scales: the Neural Engine is reported to refuse "
+                     "those.")  # fmt: skip
+    if anatomy.model_type.startswith("gemma"):
+        notes.append("this family was trained in bfloat16, and its residual stream is known to exceed float16's range: "
+                     "hold the executed check's fp16_peak against 65,504.")  # fmt: skip
+    return tuple(notes)
+
+
+@functools.cache
+def carry_codes_pass() -> str:
+    """Register the graph pass once and return its name. Its option `weights` maps constants' names to weights."""
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    class carry_codes(AbstractGraphPass):  # type: ignore[misc]
+        """Replace named constants by their packed form."""
+
+        weights: Mapping[str, QuantizedWeight] = {}
+
+        def apply(self, prog: Any) -> None:
+            """Replace all of them in the program's one function."""
+            block = prog.functions["main"]
+            constants = {op.name: op for op in block.operations if op.op_type == "const" and op.name in self.weights}
+            missing = sorted(set(self.weights) - set(constants))
+            if missing:
+                raise RuntimeError(f"coremltools renamed or dropped {len(missing)} weights: {offenders(missing)}")
+            with block:
+                for name, op in constants.items():
+                    _replace(block, op, self.weights[name])
+
+    register_pass(namespace="dwindle")(carry_codes)
+    return "dwindle::carry_codes"
+
+
+def _replace(block: Any, op: Any, weight: QuantizedWeight) -> None:
+    """Put the packed form of `weight` in the place of a float32 constant.
+
+    Its tables stay fp16; the cast to float32 keeps the program well typed until coremltools turns all of it to
+    fp16 and removes the two casts that then meet.
+    """
+    from coremltools.converters.mil.mil import Builder as mb
+
+    if tuple(op.outputs[0].shape) != weight.shape:
+        raise RuntimeError(f"{op.name} is {op.outputs[0].shape} in the program and {weight.shape} in the checkpoint")
+    packed = _palettes(mb, op, weight) if isinstance(weight, PalettizedWeight) else _integers(mb, op, weight)
+    wide = mb.cast(x=packed, dtype="fp32", before_op=op, name=f"{op.name}_fp32")
+    block.replace_uses_of_var_after_op(anchor_op=op, old_var=op.outputs[0], new_var=wide, no_check_var_types=True)
+    block.remove_ops([op])
+
+
+def _palettes(mb: Any, op: Any, weight: PalettizedWeight) -> Any:
+    lut = weight.palettes.numpy().reshape(len(weight.palettes), 1, 2**weight.bits, 1)
+    indices = _typed(weight.indices.numpy(), f"uint{weight.bits}")
+    dense = mb.constexpr_lut_to_dense(indices=indices, lut=lut, before_op=op, name=f"{op.name}_palettized")
+    if weight.row_scales is None:
+        return dense
+    return mb.constexpr_blockwise_shift_scale(
+        data=dense, scale=weight.row_scales.numpy()[:, None], before_op=op, name=f"{op.name}_scaled"
+    )
+
+
+def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
+    codes, arguments = weight.codes.numpy(), {}
+    if weight.zero_points is None:
+        data = _typed(codes.astype(np.int16) - 2 ** (weight.bits - 1), f"int{weight.bits}")
+    else:
+        data = _typed(codes, f"uint{weight.bits}")
+        arguments["offset"] = _typed(weight.zero_points.numpy(), f"uint{weight.bits}")
+    return mb.constexpr_blockwise_shift_scale(
+        data=data, scale=weight.scales.numpy(), before_op=op, name=f"{op.name}_integers", **arguments
+    )
+
+
+def _typed(values: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return values in the numpy type by which coremltools knows that name; it may be narrower than a byte."""
+    from coremltools.converters.mil.mil import types
+
+    typed: NDArray[Any] = values.astype(types.nptype_from_builtin(types.string_to_builtin(name)))
+    return typed

@@ -1,0 +1,354 @@
+"""The saved package: our codes bit for bit, one tied weight, both lengths, metadata, and parity when executed."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dwindle.errors import MissingExtra, RecipeError
+from dwindle.export import coreml_weights
+from dwindle.export.coreml_files import PACKAGE, WEIGHTS_FILE, quiet_coremltools
+from dwindle.export.coreml_package import MINIMUM_OS, CoreMLInfo, MirroredNorm, export_coreml
+from dwindle.export.coreml_runner import CoreMLEvaluatorRunner, CoreMLNativeRunner
+from dwindle.export.coreml_weights import carry_codes_pass, coreml_problems, engine_notes
+from dwindle.export.decoder import RMSNorm
+from dwindle.export.mil_evaluator import MilProgram
+from dwindle.export.options import ExportOptions
+from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts
+from dwindle.quantized_model import apply_quantized_weights
+from dwindle.storage import hash_folder
+from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
+
+LIMITS = ParityLimits(logit_error_share=5e-3, kl_nats_per_token=1e-5, top1_agreement=0.97)
+
+
+def palettes(shape: tuple[int, int], bits: int, rows: int, *, scaled: bool = False, seed: int = 0) -> PalettizedWeight:
+    """Return random indices and sorted random palettes, one of whose values is the smallest fp16 number."""
+    made = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=made)
+    table = (torch.randn((shape[0] // rows, 2**bits), generator=made) * 0.15).half().sort(dim=1).values
+    table[0, 0] = 2.0**-24
+    scales = (torch.rand(shape[0], generator=made) + 0.5).half() if scaled else None
+    return PalettizedWeight(indices, table, bits, rows, scales)
+
+
+def integers(shape: tuple[int, int], bits: int, group: int, *, symmetric: bool = True, seed: int = 0) -> AffineWeight:
+    """Return random codes over their whole range, with random scales and, if asymmetric, zero points."""
+    made = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=made)
+    scales = ((torch.rand((shape[0], shape[1] // group), generator=made) + 0.5) / 2**bits * 0.4).half()
+    zeros = torch.randint(0, 2**bits, tuple(scales.shape), dtype=torch.uint8, generator=made)
+    return AffineWeight(codes, scales, None if symmetric else zeros, bits, group)
+
+
+Carried = tuple[Any, dict[str, QuantizedWeight], Path, CoreMLInfo]
+
+
+def packed(bundle: Any) -> dict[str, QuantizedWeight]:
+    """Give a tiny bundle packed weights of every kind, in place; return them by module name.
+
+    Palettes of 4 bits everywhere but: 1 and 8 bits in the first o and gate, row scales in the first up, int4 blocks of
+    32 in the first down, asymmetric int4 in the last down; int8 per row in the embedding.
+    """
+    anatomy, weights = bundle.anatomy, {}
+    for seed, name in enumerate(anatomy.linear_names()):
+        shape = tuple(bundle.model.get_submodule(name).weight.shape)
+        weights[name] = palettes(shape, 4, 16, seed=seed)
+    first, last = anatomy.parts(0), anatomy.parts(anatomy.layers - 1)
+    special = {
+        first["o"]: lambda shape: palettes(shape, 1, shape[0]),
+        first.get("gate", first["o"]): lambda shape: palettes(shape, 8, 32),
+        first.get("up", first["o"]): lambda shape: palettes(shape, 4, 16, scaled=True, seed=99),
+        first["down"]: lambda shape: integers(shape, 4, 32),
+        last["down"]: lambda shape: integers(shape, 4, 32, symmetric=False),
+    }
+    for name, make in special.items():
+        weights[name] = make(weights[name].shape)
+    weights[anatomy.embedding] = integers((anatomy.vocab, anatomy.width), 8, anatomy.width)
+    apply_quantized_weights(bundle.model, weights, {anatomy.head: anatomy.embedding} if anatomy.tied else {})
+    return weights
+
+
+def _parity(bundle: Any, folder: Path, steps: int = 8) -> Any:
+    runner = CoreMLEvaluatorRunner(folder)
+    return decode_parity(bundle, runner, parity_prompts(bundle, 2, 12), steps, LIMITS, runner.executed_by)
+
+
+@pytest.fixture(scope="module")
+def carried(tiny_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Carried:
+    """A tied Qwen3 with packed weights of every kind, and its package: (bundle, weights, folder, info)."""
+    bundle = tiny_bundle("qwen3", storage_dtype=torch.float16)
+    weights = packed(bundle)
+    folder = tmp_path_factory.mktemp("carried")
+    return bundle, weights, folder, export_coreml(bundle, folder, ExportOptions())
+
+
+def test_codes_and_tables_are_ours_bit_for_bit(carried: Carried) -> None:
+    _, weights, folder, _ = carried
+    stored = MilProgram.load(folder / PACKAGE).constants
+    found = 0
+    for name, weight in weights.items():
+        ours = {key.split("weight_")[-1]: value for key, value in stored.items() if key.startswith(_spelled(name))}
+        if isinstance(weight, PalettizedWeight):
+            assert np.array_equal(ours["palettized"]["indices"], weight.indices.numpy())
+            lut = ours["palettized"]["lut"][:, 0, :, 0]
+            assert np.array_equal(lut, weight.palettes.float().numpy())
+            if weight.row_scales is not None:
+                assert np.array_equal(ours["scaled"]["scale"][:, 0], weight.row_scales.float().numpy())
+        else:
+            zero = 0 if weight.zero_points is not None else 2 ** (weight.bits - 1)
+            assert np.array_equal(ours["integers"]["data"].astype(int) + zero, weight.codes.numpy())
+            assert np.array_equal(ours["integers"]["scale"], weight.scales.float().numpy())
+            if weight.zero_points is not None:
+                assert np.array_equal(ours["integers"]["offset"], weight.zero_points.numpy())
+        found += 1
+    assert found == len(weights) == 15
+
+
+def _spelled(name: str) -> str:
+    return f"decoder.{name}.weight".replace(".", "_") + "_"
+
+
+def test_stored_types_are_as_narrow_as_the_codes(carried: Carried) -> None:
+    import coremltools as ct
+
+    _, _, folder, _ = carried
+    with quiet_coremltools():
+        spec = ct.utils.load_spec(str(folder / PACKAGE))
+    function = spec.mlProgram.functions["main"]
+    kinds = {}
+    for op in function.block_specializations[function.opset].operations:
+        if op.type.startswith("constexpr_"):
+            given = op.inputs.get("indices") or op.inputs.get("data")
+            binding = given.arguments[0]
+            if binding.WhichOneof("binding") == "value":
+                kinds[op.outputs[0].name] = binding.value.type.tensorType.dataType
+    types = ct.proto.MIL_pb2.DataType
+    named = {name.removeprefix("decoder_model_"): types.Name(kind) for name, kind in kinds.items()}
+    assert named["layers_0_self_attn_q_proj_weight_palettized"] == "UINT4"
+    assert named["layers_0_self_attn_o_proj_weight_palettized"] == "UINT1"
+    assert named["layers_0_mlp_gate_proj_weight_palettized"] == "UINT8"
+    assert named["layers_0_mlp_down_proj_weight_integers"] == "INT4"
+    assert named["layers_1_mlp_down_proj_weight_integers"] == "UINT4"
+    assert named["embed_tokens_weight_integers"] == "INT8"
+
+
+def test_the_tied_weight_is_stored_once_and_the_size_is_that_of_the_codes(carried: Carried) -> None:
+    bundle, weights, folder, info = carried
+    codes = sum(w.stored_bits for w in weights.values()) // 8
+    weight_bin = (folder / PACKAGE / WEIGHTS_FILE).stat().st_size
+    assert info.weight_bytes == weight_bin
+    assert info.counted_bytes == bundle.size().bytes
+    embedding = weights[bundle.anatomy.embedding].stored_bits // 8
+    tables = 2 * 2 * 64 * 8
+    per_constant = 128 * 90
+    assert codes < weight_bin < codes + tables + per_constant < codes + tables + per_constant + embedding + 1
+    program = MilProgram.load(folder / PACKAGE)
+    assert sum("embed_tokens" in name for name in program.constants) == 1
+    assert program.operations["constexpr_lut_to_dense"] == 12
+    assert program.operations["constexpr_blockwise_shift_scale"] == 4
+
+
+def test_a_packed_model_decodes_like_the_measured_one(carried: Carried) -> None:
+    bundle, _, folder, _ = carried
+    parity = _parity(bundle, folder)
+    assert parity.passed, parity
+    assert "Core ML itself was not executed" in parity.executed_by
+
+
+def test_what_is_checked_is_what_lies_on_disk(carried: Carried, tmp_path: Path) -> None:
+    bundle, weights, folder, _ = carried
+    shutil.copytree(folder / PACKAGE, tmp_path / PACKAGE)
+    path = tmp_path / PACKAGE / WEIGHTS_FILE
+    stored = path.read_bytes()
+    ours = weights["model.layers.1.mlp.gate_proj"].to_tensors()["indices"].numpy().tobytes()
+    assert stored.count(ours) == 1
+    path.write_bytes(stored.replace(ours, bytes(len(ours))))
+    assert not _parity(bundle, tmp_path).passed
+
+
+def test_one_program_takes_every_length(carried: Carried) -> None:
+    _, _, folder, info = carried
+    runner = CoreMLEvaluatorRunner(folder)
+    ids = torch.randint(0, 250, (1, info.context_length), generator=torch.Generator().manual_seed(3))
+    whole = runner.step(ids)
+    runner.reset()
+    pieces = torch.cat([runner.step(part) for part in ids.split([1, 5, 1, 1, 30, info.context_length - 38], dim=1)])
+    assert whole.shape == (info.context_length, 272)
+    assert torch.allclose(whole, pieces, atol=1e-4)
+    assert 0 < runner.fp16_peak < 65504
+    with pytest.raises(RecipeError, match="context of 64 tokens; 65 were fed"):
+        runner.step(ids[:, :1])
+
+
+def test_metadata_says_what_it_is(carried: Carried) -> None:
+    import coremltools as ct
+
+    bundle, _, folder, info = carried
+    with quiet_coremltools():
+        description = ct.utils.load_spec(str(folder / PACKAGE)).description
+    metadata = description.metadata
+    assert "past + T" in metadata.shortDescription
+    assert metadata.author == "dwindle"
+    assert metadata.license
+    assert metadata.versionString
+    given = dict(metadata.userDefined)
+    assert given["dwindle.context_length"] == "64"
+    assert given["dwindle.source_sha256"] == bundle.content_sha256
+    assert given["dwindle.minimum_os"] == info.minimum_os == MINIMUM_OS == "iOS 18 / macOS 15"
+    assert "palettized 4-bit group 16" in given["dwindle.quantization"]
+    assert [i.name for i in description.input] == ["input_ids", "causal_mask"]
+    assert [s.name for s in description.state] == ["key_cache", "value_cache"]
+
+
+def test_a_second_export_is_the_same_folder(carried: Carried, tmp_path: Path) -> None:
+    import coremltools as ct
+
+    bundle, _, folder, _ = carried
+    export_coreml(bundle, tmp_path, ExportOptions())
+    exported = hash_folder(tmp_path)
+    assert exported == hash_folder(folder)
+    CoreMLEvaluatorRunner(tmp_path)
+    assert exported == hash_folder(tmp_path)
+    with quiet_coremltools():
+        ct.utils.load_spec(str(tmp_path / PACKAGE))
+    assert exported == hash_folder(tmp_path)
+    export_coreml(bundle, tmp_path, ExportOptions(context_length=40))
+    assert CoreMLEvaluatorRunner(tmp_path).context == 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_float_families_decode_like_torch(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = tiny_bundle(family, storage_dtype=torch.float16)
+    info = export_coreml(bundle, tmp_path, ExportOptions())
+    assert _parity(bundle, tmp_path).passed
+    overhead = 128 * 2 * bundle.anatomy.layers * 20 + 4 * 64 * 16 * 2
+    assert info.weight_bytes < info.counted_bytes + overhead
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "smollm3", "olmo2"])
+def test_the_other_families_decode_like_torch(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = tiny_bundle(family, storage_dtype=torch.float16)
+    export_coreml(bundle, tmp_path, ExportOptions())
+    assert _parity(bundle, tmp_path).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260K", "pycode-6m"])
+def test_trained_models_decode_like_torch(name: str, assets: Path, tmp_path: Path) -> None:
+    from dwindle.bundle import ModelBundle
+
+    bundle = ModelBundle.load(assets / "models" / name)
+    options = ExportOptions().resolved(bundle.anatomy)
+    export_coreml(bundle, tmp_path, options)
+    prompts = parity_prompts(bundle, 2, options.prompt_length())
+    parity = decode_parity(bundle, CoreMLEvaluatorRunner(tmp_path), prompts, 32, LIMITS)
+    assert parity.passed, parity
+
+
+def test_widths_core_ml_does_not_store_are_refused_all_at_once(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = tiny_bundle("llama")
+    parts = bundle.anatomy.parts(0)
+    weights = {parts["q"]: palettes((32, 32), 5, 16), parts["o"]: palettes((32, 32), 7, 16),
+               parts["up"]: integers((64, 32), 2, 32)}  # fmt: skip
+    apply_quantized_weights(bundle.model, weights, {})
+    with pytest.raises(RecipeError) as refusal:
+        export_coreml(bundle, tmp_path, ExportOptions())
+    message = str(refusal.value)
+    assert "2 palettized weights" in message
+    assert "model.layers.0.self_attn.q_proj (5 bits), model.layers.0.self_attn.o_proj (7 bits)" in message
+    assert "1, 2, 3, 4, 6, 8" in message
+    assert "1 affine weights" in message
+    assert "model.layers.0.mlp.up_proj (2 bits)" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_neural_engine_dislikes_is_noted(carried: Carried, tiny_bundle: Callable[..., Any]) -> None:
+    bundle, _, _, info = carried
+    assert info.notes == engine_notes(bundle, info.context_length)
+    assert "head_dim=16" in info.notes[0]
+    assert "1 weights have palettes with row scales" in info.notes[1]
+    plain = tiny_bundle("qwen3", head_dim=32)
+    assert engine_notes(plain, 64) == ()
+    assert "context of 1,000,000 tokens takes 512 MB" in engine_notes(plain, 1_000_000)[0]
+    assert "bfloat16" in engine_notes(tiny_bundle("gemma3_text", head_dim=32), 64)[0]
+
+
+def test_a_missing_or_unfit_library_is_told_before_any_work(
+    tiny_bundle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle = tiny_bundle("llama")
+    monkeypatch.setattr(coreml_weights, "NUMPY_TOO_NEW", (2, 0))
+    with pytest.raises(RecipeError, match=r"numpy .* pip install 'numpy<2.4'"):
+        export_coreml(bundle, tmp_path, ExportOptions())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match=r"dwindle\[coreml\]"):
+        coreml_problems(bundle)
+
+
+def test_codes_that_do_not_meet_their_constant_stop_the_conversion() -> None:
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+    with quiet_coremltools():
+        import coremltools as ct
+
+        @mb.program(input_specs=[mb.TensorSpec(shape=(1, 32))], opset_version=ct.target.iOS18)
+        def program(x: Any) -> Any:
+            return mb.linear(x=x, weight=np.ones((16, 32), np.float32), bias=np.zeros(16, np.float32), name="y")
+
+        constant = next(op for op in program.functions["main"].operations if op.outputs[0].shape == (16, 32))
+        carry = PASS_REGISTRY[carry_codes_pass()]
+        carry.weights = {"elsewhere": integers((16, 32), 8, 32)}
+        with pytest.raises(RuntimeError, match="dropped 1 weights: elsewhere"):
+            carry.apply(program)
+        carry.weights = {constant.name: integers((16, 64), 8, 32)}
+        with pytest.raises(RuntimeError, match=r"\(16, 32\) in the program and \(16, 64\) in the checkpoint"):
+            carry.apply(program)
+
+
+def test_the_mirrored_norm_is_the_norm_and_does_not_overflow() -> None:
+    norm = RMSNorm(24, 1e-6, 1.0)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(3, 24)
+    assert torch.allclose(MirroredNorm(norm)(x), norm(x), atol=1e-6)
+    large = torch.full((1, 24), 3e4, dtype=torch.float16)
+    assert torch.isinf(large * large).all()
+    assert torch.isfinite(MirroredNorm(norm).half()(large)).all()
+
+
+def test_conversion_is_silent(
+    tiny_bundle: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    notices = logging.getLogger("coremltools")
+    before = notices.level
+    export_coreml(tiny_bundle("llama", num_hidden_layers=1), tmp_path, ExportOptions())
+    assert capfd.readouterr() == ("", "")
+    assert notices.level == before
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="says what is missing elsewhere")
+def test_core_ml_itself_is_refused_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Core ML runs on macOS"):
+        CoreMLNativeRunner(tmp_path)
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs Core ML")
+def test_core_ml_runs_the_package(carried: Carried) -> None:
+    bundle, _, folder, _ = carried
+    runner = CoreMLNativeRunner(folder)
+    parity = decode_parity(bundle, runner, parity_prompts(bundle, 1, 12), 8,
+                           ParityLimits(0.05, 1e-3, 0.9), runner.executed_by)  # fmt: skip
+    assert parity.passed, parity

@@ -1,0 +1,179 @@
+"""Integer codes in ONNX: bit for bit ours, near the bits stored, and computed in float32 exactly as in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from dwindle.errors import RecipeError
+from dwindle.export.onnx_builder import GraphBuilder
+from dwindle.export.onnx_graph import export_onnx
+from dwindle.export.onnx_quantized import block_size, gather, matmul, planes
+from dwindle.export.onnx_runner import OnnxRunner
+from dwindle.export.options import ExportOptions
+from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts
+from dwindle.quantized_model import apply_quantized_weights, quantized_weights
+from dwindle.weights import AffineWeight, PalettizedWeight
+
+FLOAT32 = ExportOptions(formats=("onnx",))
+INT8 = ExportOptions(formats=("onnx",), activations="int8")
+
+
+def affine(weight: torch.Tensor, bits: int, group: int, *, symmetric: bool = True) -> AffineWeight:
+    """Round to nearest; good enough for a test of packing."""
+    outputs, inputs = weight.shape
+    grouped = weight.detach().view(outputs, inputs // group, group)
+    top = 2**bits - 1
+    if symmetric:
+        scales = (grouped.abs().amax(-1) / max(1, 2 ** (bits - 1) - 1)).clamp(min=1e-4).half()
+        zeros = torch.full(scales.shape, 2.0 ** (bits - 1))
+    else:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = ((high - low) / top).clamp(min=1e-4).half()
+        zeros = (-low / scales.float()).round().clamp(0, top)
+    codes = (grouped / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top).to(torch.uint8)
+    return AffineWeight(codes.view(outputs, inputs), scales, None if symmetric else zeros.to(torch.uint8), bits, group)
+
+
+def quantize(bundle: Any, bits: int = 4, group: int = 32, embedding_bits: int | None = 8, *,
+             symmetric: bool = True) -> Any:  # fmt: skip
+    weights, anatomy = {}, bundle.anatomy
+    for name in anatomy.linear_names():
+        dense = bundle.model.get_submodule(name).weight
+        weights[name] = affine(dense, bits, group or dense.shape[1], symmetric=symmetric)
+    if embedding_bits:
+        table = bundle.model.get_submodule(anatomy.embedding).weight
+        weights[anatomy.embedding] = affine(table, embedding_bits, table.shape[1], symmetric=symmetric)
+    tied = {anatomy.head: anatomy.embedding} if anatomy.tied and embedding_bits else {}
+    apply_quantized_weights(bundle.model, weights, tied)
+    return bundle
+
+
+def unpacked(data: np.ndarray, bits: int) -> np.ndarray:
+    """The runtime's documented layout, read independently of the code under test: low bits of a byte first."""
+    places = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return np.stack(places, axis=-1).reshape(len(data), -1)
+
+
+def parity_of(bundle: Any, folder: Path, options: ExportOptions = FLOAT32, limits: ParityLimits | None = None) -> Any:
+    folder.mkdir(exist_ok=True)
+    export_onnx(bundle, folder, options)
+    return decode_parity(bundle, OnnxRunner(folder, threads=1), parity_prompts(bundle, 1, 16), 32, limits)
+
+
+def test_codes_and_scales_in_the_file_are_ours_bit_for_bit(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = quantize(tiny_bundle("llama"))
+    export_onnx(bundle, tmp_path, FLOAT32)
+    model = onnx.load(tmp_path / "model.onnx")
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    nodes = {n.input[1]: n for n in model.graph.node if n.op_type == "MatMulNBits"}
+    ours = quantized_weights(bundle.model)
+    for name in bundle.anatomy.linear_names():
+        node = nodes[f"{name}.weight_Q4"]
+        attributes = {a.name: a.i for a in node.attribute}
+        outputs, inputs = ours[name].shape
+        assert attributes == {"K": inputs, "N": outputs, "bits": 4, "block_size": 32, "accuracy_level": 1}
+        assert stored[node.input[1]].shape == (outputs, inputs // 32, 16)
+        assert np.array_equal(unpacked(stored[node.input[1]].reshape(outputs, -1), 4), ours[name].codes.numpy())
+        assert stored[node.input[2]].dtype == np.float32
+        assert np.array_equal(stored[node.input[2]], ours[name].scales.float().numpy())
+    high, low = (stored[f"model.embed_tokens.weight_Q4{suffix}"] for suffix in ("", "_1"))
+    codes = 16 * unpacked(high.reshape(272, -1), 4) + unpacked(low.reshape(272, -1), 4)
+    assert np.array_equal(codes, ours["model.embed_tokens"].codes.numpy())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_every_bit_width_is_exact(bits: int, symmetric: bool, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = quantize(tiny_bundle("llama"), bits=bits, group=32, symmetric=symmetric)
+    parity = parity_of(bundle, tmp_path)
+    assert parity.passed, parity
+
+
+@pytest.mark.parametrize(("width", "ffn", "group"), [(32, 64, 16), (64, 128, 64), (32, 44, None), (40, 72, None)])
+def test_blocks_per_channel_and_padding(
+    width: int, ffn: int, group: int | None, tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle("llama", hidden_size=width, intermediate_size=ffn, head_dim=16)
+    parity = parity_of(quantize(bundle, bits=8, group=group or 0), tmp_path)
+    assert parity.passed, parity
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "olmo2"])
+def test_families_biases_fused_and_untied(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    parity = parity_of(quantize(tiny_bundle(family)), tmp_path)
+    assert parity.passed, parity
+
+
+def test_float_embedding_under_integer_linears(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    assert parity_of(quantize(tiny_bundle("llama"), embedding_bits=None), tmp_path).passed
+
+
+def test_int8_activations_use_the_native_eight_bit_form_and_miss_the_float32_gate(
+    tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = quantize(tiny_bundle("llama"))
+    parity = parity_of(bundle, tmp_path, INT8)
+    assert not parity.passed
+    assert parity.max_abs_logit_error <= 0.05 * parity.limits["max_abs_logit"], parity
+    model = onnx.load(tmp_path / "model.onnx")
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    codes = stored["model.embed_tokens.weight_Q8"].reshape(272, -1)[:, :32]
+    assert np.array_equal(codes, quantized_weights(bundle.model)["model.embed_tokens"].codes.numpy())
+
+
+def test_the_file_is_near_the_bits_stored(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = quantize(tiny_bundle("llama", hidden_size=256, intermediate_size=512, head_dim=64), group=32)
+    export_onnx(bundle, tmp_path, FLOAT32)
+    model = onnx.load(tmp_path / "model.onnx")
+    weights = sum(len(i.raw_data) for i in model.graph.initializer)
+    linears = sum(w.shape[0] * w.shape[1] for w in quantized_weights(bundle.model).values())
+    fp16_to_fp32_scales = 2 * linears // 32
+    assert weights <= bundle.size().bytes + fp16_to_fp32_scales + 12_000
+
+
+def test_block_of_a_group() -> None:
+    assert block_size(288, 288, 8) == 32
+    assert block_size(48, 24, 4) is None
+    with pytest.raises(ValueError, match="group_size=24 has no block"):
+        planes(affine(torch.ones(2, 48), 4, 24), "float32")
+
+
+def test_lookup_and_product_read_the_same_numbers(tmp_path: Path) -> None:
+    """One shared store, both operators, against dequantize()."""
+    import onnxruntime
+
+    table = affine(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), 8, 40, symmetric=False)
+    with GraphBuilder(tmp_path / "m.onnx", external_data=False) as graph:
+        ids = graph.input("ids", onnx.TensorProto.INT64, ["b", "t"])
+        x = graph.input("x", onnx.TensorProto.FLOAT, ["b", "t", 40])
+        graph.output(gather(graph, ids, "e", table, "float32", tied=True), "rows", 1, ["b", "t", 40])
+        graph.output(matmul(graph, x, "e", table, "float32"), "y", 1, ["b", "t", 24])
+        graph.save({})
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    chosen, vector = np.array([[0, 5, 23]]), np.random.default_rng(0).standard_normal((1, 3, 40)).astype(np.float32)
+    rows, y = session.run(None, {"ids": chosen, "x": vector})
+    dense = table.dequantize().numpy()
+    assert np.abs(rows[0] - dense[[0, 5, 23]]).max() <= 1e-6
+    assert np.abs(y - vector @ dense.T).max() <= 1e-5
+
+
+def test_palettes_and_odd_groups_are_refused_before_any_work(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = tiny_bundle("llama")
+    name = "model.layers.0.mlp.up_proj"
+    palettes = torch.zeros(1, 16, dtype=torch.float16)
+    indices = torch.zeros(64, 32, dtype=torch.uint8)
+    apply_quantized_weights(bundle.model, {name: PalettizedWeight(indices, palettes, 4, 64)})
+    with pytest.raises(RecipeError, match=r"1 weights are palettes: model\.layers\.0\.mlp\.up_proj"):
+        export_onnx(bundle, tmp_path, FLOAT32)
+    odd = quantize(tiny_bundle("llama"), group=8, embedding_bits=None)
+    with pytest.raises(RecipeError, match=r"14 weights have a group_size .* Set group_size=32"):
+        export_onnx(odd, tmp_path, FLOAT32)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,152 @@
+"""The gate itself: it passes what is equal, catches each way to be wrong, and names what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwindle.errors import DataError, GateFailed, RecipeError
+from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts, require_parity
+from dwindle.quantized_model import QuantizedLinear, apply_quantized_weights
+from dwindle.report import Artifact, Parity
+from dwindle.token_set import TokenSet
+from dwindle.weights import AffineWeight
+
+
+class StockRunner:
+    """The stock model with its own cache as a runner, with one thing wrong."""
+
+    def __init__(self, bundle: Any, wrong: Callable[[Tensor], Tensor] = lambda logits: logits,
+                 position_offset: int = 0) -> None:  # fmt: skip
+        self.bundle, self.wrong, self.offset = bundle, wrong, position_offset
+        self.calls: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache, self.length = None, 0
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        self.calls.append(ids.shape[1])
+        start = self.length + (self.offset if self.length else 0)
+        out = self.bundle.model(input_ids=ids, past_key_values=self.cache, use_cache=True,
+                                position_ids=torch.arange(start, start + ids.shape[1])[None])  # fmt: skip
+        self.cache, self.length = out.past_key_values, self.length + ids.shape[1]
+        return self.wrong(out.logits[0])
+
+
+def evaluation(count: int, role: Any = "evaluation") -> TokenSet:
+    return TokenSet(torch.arange(count)[None] % 250, role, "text.txt", "0" * 64, count, "1" * 64)
+
+
+def test_an_equal_runner_passes_with_one_prefill_and_single_steps(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    runner = StockRunner(bundle)
+    parity = decode_parity(bundle, runner, parity_prompts(bundle, 2, 16), 32, executed_by="torch")
+    assert parity.passed
+    assert parity.tokens_checked == 96
+    assert parity.executed_by == "torch"
+    assert runner.calls == ([16] + [1] * 32) * 2
+    assert parity.max_abs_logit_error <= 1e-5
+    assert 0 <= parity.kl_nats_per_token <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("wrong", "offset"),
+    [
+        (lambda logits: logits.half().float() * 1.002, 0),
+        (lambda logits: logits.bfloat16().float(), 0),
+        (lambda logits: logits.roll(1, dims=-1), 0),
+        (lambda logits: logits, 1),
+    ],
+    ids=["scaled", "bfloat16", "shifted vocabulary", "positions off by one"],
+)
+def test_each_wrong_runner_is_caught(
+    wrong: Callable[[Tensor], Tensor], offset: int, tiny_bundle: Callable[..., Any]
+) -> None:
+    bundle = tiny_bundle("llama")
+    parity = decode_parity(bundle, StockRunner(bundle, wrong, offset), parity_prompts(bundle, 1, 16), 8)
+    assert not parity.passed
+
+
+@torch.no_grad()
+def test_numbers_are_those_of_the_definition(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    prompt = parity_prompts(bundle, 1, 4)
+
+    def louder_first_token(logits: Tensor) -> Tensor:
+        changed = logits.clone()
+        changed[:, 0] += 0.5
+        return changed
+
+    parity = decode_parity(bundle, StockRunner(bundle, louder_first_token), prompt, 1)
+    assert parity.max_abs_logit_error == pytest.approx(0.5, abs=1e-5)
+    text = torch.cat([prompt[0], bundle.model(prompt[0]).logits[:, -1:].argmax(-1)], dim=1)
+    log_p = bundle.model(text).logits[0].double().log_softmax(-1)
+    log_q = louder_first_token(bundle.model(text).logits[0]).double().log_softmax(-1)
+    assert parity.kl_nats_per_token == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_not_a_number_fails_and_stays_valid_json(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    runner = StockRunner(bundle, lambda logits: logits * float("nan"))
+    parity = decode_parity(bundle, runner, parity_prompts(bundle, 1, 8), 2)
+    assert not parity.passed
+    json.dumps(asdict(parity), allow_nan=False)
+
+
+def test_a_vocabulary_of_another_size_is_our_bug_not_a_number(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    with pytest.raises(ValueError, match="logits have the shapes"):
+        decode_parity(bundle, StockRunner(bundle, lambda logits: logits[:, :-1]), parity_prompts(bundle, 1, 8), 2)
+
+
+def test_dense_weights_are_dropped_again(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    name = "model.layers.0.mlp.up_proj"
+    codes, scales = torch.full((64, 32), 9, dtype=torch.uint8), torch.full((64, 1), 0.01).half()
+    apply_quantized_weights(bundle.model, {name: AffineWeight(codes, scales, None, 4, 32)})
+    layer = bundle.model.get_submodule(name)
+    assert isinstance(layer, QuantizedLinear)
+    assert decode_parity(bundle, StockRunner(bundle), parity_prompts(bundle, 1, 8), 2).passed
+    assert not layer.cache_dense
+
+
+def test_prompts_come_from_the_evaluation_set_or_a_fixed_text(tiny_bundle: Callable[..., Any]) -> None:
+    bundle = tiny_bundle("llama")
+    spread = parity_prompts(bundle, 3, 10, evaluation(100))
+    assert [int(p[0, 0]) for p in spread] == [0, 45, 90]
+    assert all(p.shape == (1, 10) for p in spread)
+    fixed = parity_prompts(bundle, 2, 16)
+    assert torch.equal(fixed[0], parity_prompts(bundle, 2, 16)[0])
+    assert fixed[0][0, 0] == bundle.tokenizer.bos_token_id
+    assert not torch.equal(fixed[0], fixed[1])
+    assert parity_prompts(bundle, 1, 4000)[0].shape == (1, 4000)
+    with pytest.raises(DataError, match="has 9 tokens, a prompt needs 10"):
+        parity_prompts(bundle, 1, 10, evaluation(9))
+    with pytest.raises(DataError, match="has the role 'train'"):
+        parity_prompts(bundle, 1, 10, evaluation(100, "train"))
+    with pytest.raises(DataError, match="no prompt was given"):
+        decode_parity(bundle, StockRunner(bundle), [])
+
+
+def test_limits_are_validated() -> None:
+    with pytest.raises(RecipeError, match=r"logit_error_share=-1 must .*; top1_agreement=2 is a share"):
+        ParityLimits(logit_error_share=-1, top1_agreement=2)
+    with pytest.raises(RecipeError, match="kl_nats_per_token=nan"):
+        ParityLimits(kl_nats_per_token=float("nan"))
+
+
+def test_require_parity_names_every_miss() -> None:
+    good = Artifact("onnx", "out/onnx", 1, "0", Parity(1e-6, 1e-12, 1.0, 96, "onnxruntime"))
+    bad = replace(good, format="coreml", path="out/coreml", parity=Parity(3.0, 0.2, 0.5, 96, "evaluator", passed=False))
+    require_parity([good, replace(good, parity=None)])
+    with pytest.raises(GateFailed, match=r"1 of 2 artifacts .* coreml out/coreml: max \|logit error\| 3 .* evaluator"):
+        require_parity([good, bad])
+    assert GateFailed("x").exit_code == 1
