@@ -1,0 +1,36 @@
+"""Devices: profiles with sourced numbers, estimates, measurements on this machine, and verdicts. All torch-free."""
+
+from __future__ import annotations
+
+from dwindle.devices.budgets import Budget, parse_budgets
+from dwindle.devices.cost_model import Estimate, estimate
+from dwindle.devices.device_profile import (
+    DeviceProfile,
+    add_profile,
+    check_profile,
+    list_profiles,
+    load_profile,
+)
+from dwindle.devices.targets import BenchOptions, measure_host
+from dwindle.devices.validation import ValidateOptions, junit, run, validate
+from dwindle.devices.workload import LayerLoad, Workload
+
+__all__ = [
+    "BenchOptions",
+    "Budget",
+    "DeviceProfile",
+    "Estimate",
+    "LayerLoad",
+    "ValidateOptions",
+    "Workload",
+    "add_profile",
+    "check_profile",
+    "estimate",
+    "junit",
+    "list_profiles",
+    "load_profile",
+    "measure_host",
+    "parse_budgets",
+    "run",
+    "validate",
+]

@@ -1,0 +1,274 @@
+"""Device profiles: what a device offers to a model, every number with unit, source, date and trust. Torch-free.
+
+A profile is a YAML file (`profiles/*.yaml` here, or the user's own under `$XDG_CONFIG_HOME/dwindle/devices`):
+
+    name, title
+    memory          physical; and what one app may use of it: default, pessimistic and, where the system has such a
+                    thing, entitled
+    bandwidth       peak of the memory
+    compute_units   name -> effective_compute (what prefill reaches, not a data sheet's peak), bandwidth_share (what
+                    decode reaches of the peak), overhead (per token, independent of the model's size),
+                    sustained (rate after minutes of work / rate at the start)
+    runtimes        name (`onnx`, `coreml`, `coreai`: an Artifact's format) -> compute unit, minimum_os, weight_formats
+
+Files are read strictly: every problem is found before one error is raised, unknown keys name the nearest known one,
+and a unit of the wrong dimension is refused. `host` is not a file: host_profile.py measures it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dwindle.devices.near_names import did_you_mean
+from dwindle.devices.quantity import Quantity, read_quantity
+from dwindle.errors import RecipeError
+from dwindle.storage import write_text
+
+__all__ = [
+    "FLOAT_FORMATS",
+    "WEIGHT_FORMATS",
+    "ComputeUnit",
+    "DeviceProfile",
+    "Memory",
+    "Runtime",
+    "add_profile",
+    "check_profile",
+    "list_profiles",
+    "load_profile",
+    "user_folder",
+]
+
+HOST = "host"
+
+FLOAT_FORMATS = ("float32", "float16", "bfloat16")
+"""What an exporter converts to the float its runtime computes in; a profile that takes one of them takes all."""
+
+WEIGHT_FORMATS = (
+    *FLOAT_FORMATS,
+    *(f"palette{bits}" for bits in (1, 2, 3, 4, 6, 8)),
+    *(f"int{bits}" for bits in range(2, 9)),
+)
+"""How a layer's weights can be stored, as an artifact's `details.layers[name].format` and a profile name them."""
+
+_BUILT_IN = Path(__file__).parent / "profiles"
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Physical memory and the part one app may use. `entitled` is None where no such permission exists."""
+
+    physical: Quantity
+    default: Quantity
+    pessimistic: Quantity
+    entitled: Quantity | None = None
+
+
+@dataclass(frozen=True)
+class ComputeUnit:
+    """One engine of the device: what it reaches in practice."""
+
+    effective_compute: Quantity
+    """FLOP/s that prefill reaches (2 per multiply-accumulate)."""
+    bandwidth_share: Quantity
+    """Share of the peak bandwidth that decode reaches, per-token overhead apart."""
+    overhead: Quantity
+    """Seconds per token that do not depend on the model's size."""
+    sustained: Quantity
+    """Decode rate after minutes of work as a share of the first seconds' rate."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs an artifact's format here: on which unit, from which OS on, with which weight formats."""
+
+    unit: str
+    minimum_os: str
+    weight_formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One device: `load_profile` makes it from YAML, `host_profile.measure_profile` from this machine."""
+
+    name: str
+    title: str
+    memory: Memory
+    bandwidth: Quantity
+    compute_units: Mapping[str, ComputeUnit]
+    runtimes: Mapping[str, Runtime]
+
+    def quantities(self) -> dict[str, Quantity]:
+        """Return every number of the profile under its dotted name, for display."""
+        found = {f"memory.{k}": v for k, v in vars(self.memory).items() if v is not None}
+        found["bandwidth"] = self.bandwidth
+        for name, unit in self.compute_units.items():
+            found |= {f"compute_units.{name}.{k}": v for k, v in vars(unit).items()}
+        return found
+
+
+def user_folder() -> Path:
+    """Return the folder of the user's own profiles, under XDG_CONFIG_HOME (or ~/.config)."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "dwindle" / "devices"
+
+
+def list_profiles() -> tuple[str, ...]:
+    """Return the names of all profiles: built-in ones, the user's own, then `host`."""
+    folders = (_BUILT_IN, user_folder())
+    return (*sorted({p.stem for folder in folders for p in folder.glob("*.yaml")}), HOST)
+
+
+def load_profile(name_or_path: str | Path) -> DeviceProfile:
+    """Return the profile of that name or file. Raises RecipeError: near names, or every problem of the file."""
+    text = str(name_or_path)
+    if text == HOST:
+        from dwindle.devices.host_profile import measure_profile
+
+        return measure_profile()
+    if text.endswith((".yaml", ".yml")) or os.sep in text:
+        return _load_file(Path(text))
+    for folder in (_BUILT_IN, user_folder()):
+        if (folder / f"{text}.yaml").is_file():
+            return _load_file(folder / f"{text}.yaml")
+    raise RecipeError(
+        f"no device profile {text!r}{did_you_mean(text, list_profiles())}. "
+        "Give the path of a YAML file, or add one with `dwindle devices add`."
+    )
+
+
+def check_profile(path: str | Path) -> list[str]:
+    """Return every problem of a profile file; an empty list means it can be used."""
+    return _read(Path(path))[1]
+
+
+def add_profile(path: str | Path) -> Path:
+    """Copy a checked profile into the user's folder under its own name and return the new path."""
+    profile = _load_file(Path(path))
+    if profile.name == HOST or (_BUILT_IN / f"{profile.name}.yaml").is_file():
+        raise RecipeError(f"{path}: the name {profile.name!r} belongs to a built-in profile. Give yours another name.")
+    place = user_folder() / f"{profile.name}.yaml"
+    write_text(place, Path(path).read_text(encoding="utf-8"))
+    return place
+
+
+def _load_file(path: Path) -> DeviceProfile:
+    profile, problems = _read(path)
+    if profile is None:
+        lines = "\n".join(f"  {p}" for p in problems)
+        raise RecipeError(f"device profile {path}: {len(problems)} problem(s):\n{lines}")
+    return profile
+
+
+def _read(path: Path) -> tuple[DeviceProfile | None, list[str]]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return None, [f"cannot be read: {error.strerror}"]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return None, [f"is not YAML: {error}"]
+    if not isinstance(data, Mapping):
+        return None, ["is not a mapping of name, title, memory, bandwidth, compute_units and runtimes"]
+    problems: list[str] = []
+    profile = _profile(data, problems)
+    return (None if problems else profile), problems
+
+
+def _section(data: Any, where: str, keys: Mapping[str, bool], problems: list[str]) -> Mapping[str, Any]:
+    """Return `data` as a mapping after checking its keys (name -> required?)."""
+    if not isinstance(data, Mapping):
+        problems.append(f"{where}: found {data!r}, needed an object with {', '.join(keys)}")
+        return {}
+    prefix = f"{where}." if where else ""
+    problems += [f"{prefix}{k}: unknown key{did_you_mean(str(k), keys)}" for k in data if k not in keys]
+    problems += [f"{prefix}{k}: missing" for k, required in keys.items() if required and k not in data]
+    return {k: v for k, v in data.items() if k in keys}
+
+
+def _named(data: Any, where: str, problems: list[str]) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping) or not data:
+        problems.append(f"{where}: needed at least one entry")
+        return {}
+    return data
+
+
+def _profile(raw: Mapping[str, Any], problems: list[str]) -> DeviceProfile | None:
+    top = ("name", "title", "memory", "bandwidth", "compute_units", "runtimes")
+    data = _section(raw, "", dict.fromkeys(top, True), problems)
+    if "name" in data and not (isinstance(data["name"], str) and _NAME.fullmatch(data["name"])):
+        problems.append(f"name: {data['name']!r} is not lower-case words joined by '-'")
+    if "title" in data and not isinstance(data["title"], str):
+        problems.append(f"title: {data['title']!r} is not text")
+    memory = _memory(data["memory"], problems) if "memory" in data else None
+    bandwidth = read_quantity(data["bandwidth"], "bandwidth", "bandwidth", problems) if "bandwidth" in data else None
+    units = {
+        str(name): _compute_unit(value, f"compute_units.{name}", problems)
+        for name, value in (
+            _named(data["compute_units"], "compute_units", problems) if "compute_units" in data else {}
+        ).items()
+    }
+    runtimes = {
+        str(name): _runtime(value, f"runtimes.{name}", tuple(units), problems)
+        for name, value in (_named(data["runtimes"], "runtimes", problems) if "runtimes" in data else {}).items()
+    }
+    if problems or memory is None or bandwidth is None:
+        return None
+    return DeviceProfile(
+        data["name"],
+        data["title"],
+        memory,
+        bandwidth,
+        {k: v for k, v in units.items() if v},
+        {k: v for k, v in runtimes.items() if v},
+    )
+
+
+def _memory(raw: Any, problems: list[str]) -> Memory | None:
+    data = _section(
+        raw, "memory", {"physical": True, "default": True, "pessimistic": True, "entitled": False}, problems
+    )
+    read = {k: read_quantity(v, f"memory.{k}", "memory", problems) for k, v in data.items()}
+    physical = read.get("physical")
+    if physical is None:
+        return None
+    problems += [f"memory.{k}: more than memory.physical" for k, v in read.items() if v and v.at() > physical.at()]
+    default, pessimistic = read.get("default"), read.get("pessimistic")
+    return Memory(physical, default, pessimistic, read.get("entitled")) if default and pessimistic else None
+
+
+def _compute_unit(raw: Any, where: str, problems: list[str]) -> ComputeUnit | None:
+    keys = {"effective_compute": True, "bandwidth_share": True, "overhead": True, "sustained": True}
+    data = _section(raw, where, keys, problems)
+    compute = read_quantity(data.get("effective_compute"), f"{where}.effective_compute", "compute", problems)
+    share = read_quantity(data.get("bandwidth_share"), f"{where}.bandwidth_share", "share", problems)
+    overhead = read_quantity(data.get("overhead"), f"{where}.overhead", "time", problems)
+    sustained = read_quantity(data.get("sustained"), f"{where}.sustained", "share", problems)
+    return ComputeUnit(compute, share, overhead, sustained) if compute and share and overhead and sustained else None
+
+
+def _runtime(raw: Any, where: str, units: tuple[str, ...], problems: list[str]) -> Runtime | None:
+    data = _section(raw, where, {"unit": True, "minimum_os": True, "weight_formats": True}, problems)
+    if len(data) < 3:
+        return None
+    before = len(problems)
+    if data["unit"] not in units:
+        problems.append(f"{where}.unit: {data['unit']!r} is no compute unit{did_you_mean(str(data['unit']), units)}")
+    if not isinstance(data["minimum_os"], str):
+        problems.append(f"{where}.minimum_os: {data['minimum_os']!r} is not text")
+    formats = data["weight_formats"]
+    if not isinstance(formats, list) or not formats:
+        problems.append(f"{where}.weight_formats: needed a list of {', '.join(WEIGHT_FORMATS)}")
+        return None
+    problems += [
+        f"{where}.weight_formats: {f!r} is unknown{did_you_mean(str(f), WEIGHT_FORMATS)}"
+        for f in formats
+        if f not in WEIGHT_FORMATS
+    ]
+    return Runtime(data["unit"], data["minimum_os"], tuple(formats)) if len(problems) == before else None

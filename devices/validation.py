@@ -1,0 +1,199 @@
+"""Verdicts: artifacts against device profiles and budgets, and the same as JUnit XML for a build server. Torch-free.
+
+For each target the artifacts it can run are judged, each on its own; what it cannot run is a `Skipped` line. A target
+that can run none of them still gets a verdict, with unknown metrics, so its budgets fail: unknown never passes. On
+`host` the artifact is run and measured; on a profile it is estimated, and an estimate never meets `require: measured`.
+Memory has a budget even when nobody set one: what the profile says one app may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+from dwindle.devices.budgets import Budget, parse_budgets
+from dwindle.devices.cost_model import METRIC_UNITS, Estimate, estimate
+from dwindle.devices.device_profile import DeviceProfile, load_profile
+from dwindle.devices.targets import BenchOptions, measure_host
+from dwindle.devices.workload import Workload
+from dwindle.errors import RecipeError
+from dwindle.report import Artifact, Metric, Report, Skipped, TargetVerdict
+
+__all__ = ["ValidateOptions", "junit", "run", "validate"]
+
+_NAME_OF_HOST = "host"
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Which targets an artifact is held to, and to what."""
+
+    targets: tuple[str, ...] = ("iphone-15-pro", "pixel-9", "raspberry-pi-5", "host")
+    """Device profiles by name or YAML file; `host` is measured, the others are estimated."""
+    budgets: Mapping[str, Any] | tuple[str, ...] = field(default_factory=dict)
+    """Limits for every target: {tokens_per_second: 30, memory: 1.5GB} or ['tokens_per_second >= 30']."""
+    require: Literal["measured"] | None = None
+    """`measured`: a budget is met by measured numbers alone."""
+    memory: Literal["default", "entitled", "pessimistic"] = "default"
+    """Which of the profile's limits on an app's memory holds."""
+    prompt_tokens: int = BenchOptions.prompt_tokens
+    """Prompt length behind tokens/s and time to first token."""
+    context: int | None = None
+    """Tokens the KV cache is sized for; the artifact's whole context unless given."""
+    decode_tokens: int = BenchOptions.decode_tokens
+    """Tokens generated per measurement on the host."""
+    repeats: int = BenchOptions.repeats
+    """Measurements on the host; the median counts."""
+    threads: int | None = None
+    """Threads of the runtime on the host."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.targets or any(not isinstance(t, str) or not t for t in self.targets):
+            problems.append(f"targets={self.targets!r}: name at least one device profile")
+        if self.require not in (None, "measured"):
+            problems.append(f"require={self.require!r}: can only be 'measured'")
+        if self.memory not in ("default", "entitled", "pessimistic"):
+            problems.append(f"memory={self.memory!r}: one of default, entitled, pessimistic")
+        if self.context is not None and self.context < 1:
+            problems.append(f"context={self.context}: must be at least 1")
+        for build in (self.parsed_budgets, self.bench):
+            try:
+                build()
+            except RecipeError as error:
+                problems.append(str(error))
+        if problems:
+            raise RecipeError("; ".join(problems))
+
+    def parsed_budgets(self) -> tuple[Budget, ...]:
+        """Return the budgets as objects."""
+        return parse_budgets(self.budgets)
+
+    def bench(self) -> BenchOptions:
+        """Return how the host measures."""
+        return BenchOptions(self.prompt_tokens, self.decode_tokens, self.threads, self.repeats)
+
+
+def run(
+    options: ValidateOptions, artifacts: Sequence[tuple[Artifact, Path]]
+) -> tuple[tuple[TargetVerdict, ...], tuple[Skipped, ...]]:
+    """Return a verdict for each target and each artifact it can run, and what was skipped.
+
+    `artifacts` gives each artifact with the folder or package it lies in. Profiles are loaded first, so a wrong name
+    is an error before anything is measured.
+    """
+    profiles = [load_profile(name) for name in options.targets]
+    verdicts: list[TargetVerdict] = []
+    skipped: list[Skipped] = []
+    for profile in profiles:
+        judged: list[TargetVerdict] = []
+        for artifact, place in artifacts:
+            verdict, missing = _judge(profile, artifact, place, options)
+            skipped += missing
+            judged += [verdict] if verdict else []
+        if not judged:
+            judged = [validate(profile, None, options.parsed_budgets(), require=options.require, memory=options.memory)]
+        verdicts += judged
+    return tuple(verdicts), tuple(skipped)
+
+
+def _judge(
+    profile: DeviceProfile, artifact: Artifact, place: Path, options: ValidateOptions
+) -> tuple[TargetVerdict | None, list[Skipped]]:
+    what = f"{artifact.format}{f' ({artifact.variant})' if artifact.variant else ''} on {profile.name}"
+    if profile.name == _NAME_OF_HOST:
+        if artifact.format != "onnx":
+            return None, [Skipped(what, f"this machine has no runtime for {artifact.format} that dwindle can time")]
+        found = Estimate({m.name: m for m in measure_host(place, options.bench())}, "onnx", "cpu")
+    else:
+        workload = Workload.from_artifact(artifact)
+        longest = workload.context_length or None
+        context = min(options.context, longest) if options.context and longest else options.context
+        found = estimate(profile, workload, options.prompt_tokens, context)
+        if found.runtime is None:
+            return None, [Skipped(what, line.why) for line in found.skipped]
+    verdict = validate(profile, found, options.parsed_budgets(), require=options.require, memory=options.memory)
+    return replace(verdict, variant=artifact.variant, artifact=artifact.path), []
+
+
+def validate(
+    profile: DeviceProfile,
+    found: Estimate | None,
+    budgets: Sequence[Budget],
+    *,
+    require: Literal["measured"] | None = None,
+    memory: str = "default",
+) -> TargetVerdict:
+    """Return the verdict on metrics (estimated or measured) held to budgets and to the memory an app may use.
+
+    `found` None means that the device runs none of the artifacts: every budget fails.
+    """
+    unknown = {name: Metric(name, None, unit, "estimated") for name, unit in METRIC_UNITS.items()}
+    metrics = dict(found.metrics) if found is not None else unknown
+    by_metric = {budget.metric: budget for budget in budgets}
+    if found is not None:
+        limit = _memory_limit(profile, memory)
+        asked = by_metric.get(limit.metric)
+        by_metric[limit.metric] = limit if asked is None else asked.tighter(limit)
+    for name in by_metric:
+        metrics.setdefault(name, unknown[name])
+    judged = tuple(_held(metric, by_metric.get(name), require) for name, metric in metrics.items())
+    return TargetVerdict(profile.name, judged)
+
+
+def _memory_limit(profile: DeviceProfile, which: str) -> Budget:
+    limit = getattr(profile.memory, which)
+    if limit is None:
+        raise RecipeError(f"memory={which!r}: {profile.title} knows no such limit. Use default or pessimistic.")
+    return Budget("peak_memory_bytes", "<=", limit.at(), f"<= {limit.value:.3g} {limit.unit} (what an app may use)")
+
+
+def _held(metric: Metric, budget: Budget | None, require: Literal["measured"] | None) -> Metric:
+    if budget is None:
+        return metric
+    if require is not None and metric.basis != require:
+        return replace(metric, budget=f"{budget.text}, {require}", passed=False)
+    return replace(metric, budget=budget.text, passed=metric.value is not None and budget.holds(metric.value))
+
+
+def junit(report: Report) -> str:
+    """Return JUnit XML: one case per parity check and per budget, one skipped case per line of `skipped`."""
+    suite = ElementTree.Element("testsuite", name="dwindle")
+    counts = {"tests": 0, "failures": 0, "skipped": 0}
+
+    def case(group: str, name: str, passed: bool, message: str) -> None:
+        counts["tests"] += 1
+        element = ElementTree.SubElement(suite, "testcase", classname=_clean(group), name=_clean(name))
+        if not passed:
+            counts["failures"] += 1
+            ElementTree.SubElement(element, "failure", message=_clean(message))
+
+    for artifact in report.artifacts:
+        if artifact.parity is not None:
+            parity = artifact.parity
+            message = f"max |logit error| {parity.max_abs_logit_error:.3g}, KL {parity.kl_nats_per_token:.3g}"
+            case("parity", f"{artifact.format} {artifact.path}", parity.passed, message)
+    for target in report.targets:
+        for metric in target.metrics:
+            if metric.passed is not None:
+                value = "not known" if metric.value is None else f"{metric.value:.4g} {metric.unit} ({metric.basis})"
+                name = f"{metric.name} {metric.budget} {target.artifact or ''}".strip()
+                case(
+                    f"budget.{target.profile}", name, metric.passed, f"{metric.name} is {value}, needed {metric.budget}"
+                )
+    for line in report.skipped:
+        counts["tests"] += 1
+        counts["skipped"] += 1
+        element = ElementTree.SubElement(suite, "testcase", classname="skipped", name=_clean(line.what))
+        ElementTree.SubElement(element, "skipped", message=_clean(line.why))
+    suite.attrib.update({key: str(value) for key, value in counts.items()})
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _clean(text: str) -> str:
+    """Return text without the control characters that XML 1.0 cannot hold."""
+    return "".join(c for c in text if c in "\t\n\r" or c >= " ")

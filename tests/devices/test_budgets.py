@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from dwindle.devices.budgets import parse_budgets
+from dwindle.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("line", "metric", "limit"),
+    [
+        ("tokens_per_second >= 30", "tokens_per_second", 30),
+        ("tokens_per_second>=30tok/s", "tokens_per_second", 30),
+        ("memory <= 1.5GB", "peak_memory_bytes", 1.5e9),
+        ("peak_memory_bytes <= 1_000_000", "peak_memory_bytes", 1e6),
+        ("package < 2 MiB", "package_bytes", 2 * 2**20),
+        ("time_to_first_token <= 250ms", "time_to_first_token_seconds", 0.25),
+        ("ttft <= 1.5s", "time_to_first_token_seconds", 1.5),
+    ],
+)
+def test_lines(line: str, metric: str, limit: float) -> None:
+    (budget,) = parse_budgets([line])
+    assert (budget.metric, budget.limit) == (metric, pytest.approx(limit))
+
+
+def test_mapping_with_and_without_comparison() -> None:
+    found = {b.metric: b for b in parse_budgets({"tokens_per_second": 30, "memory": "<= 1.5GB", "ttft": "2s"})}
+    assert found["tokens_per_second"].comparison == ">="
+    assert found["peak_memory_bytes"].text == "<= 1.5 GB"
+    assert found["time_to_first_token_seconds"].comparison == "<="
+
+
+def test_edges_hold_as_written() -> None:
+    at_least, above = parse_budgets(["tokens_per_second >= 30"]) + parse_budgets(["tokens_per_second > 30"])
+    assert at_least.holds(30)
+    assert not above.holds(30)
+
+
+def test_the_harder_of_two_counts() -> None:
+    assert parse_budgets(["memory <= 2GB", "memory <= 1GB"])[0].limit == 1e9
+    assert parse_budgets(["tokens_per_second >= 10", "tokens_per_second >= 30"])[0].limit == 30
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("token_per_second >= 30", "did you mean 'tokens_per_second'"),
+        ("tokens_per_second", "is not METRIC >= NUMBER"),
+        ("tokens_per_second >= fast", "is not METRIC >= NUMBER"),
+        ("tokens_per_second <= 30", "good when high"),
+        ("memory >= 1GB", "good when low"),
+        ("memory == 1GB", "good when low"),
+        ("memory <= 1.5 parsec", "parsec is no unit"),
+    ],
+)
+def test_mistakes(line: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_budgets([line])
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"2 mistake\(s\)"):
+        parse_budgets(["speed >= 3", "memory >= 1GB", "package <= 3MB"])

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dwindle.devices.cost_model import METRIC_UNITS, estimate
+from dwindle.devices.device_profile import load_profile
+from dwindle.devices.workload import LayerLoad, Workload
+from dwindle.errors import RecipeError, UnsupportedModel
+from dwindle.report import Artifact
+
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+         "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
+         "tie_word_embeddings": False}  # fmt: skip
+
+
+def test_roofline_by_hand(toaster: Path, artifact: Artifact) -> None:
+    """10 MB + 100 kB of cache at half of 10 GB/s, and 1 ms."""
+    metrics = estimate(load_profile(toaster), Workload.from_artifact(artifact), prompt_tokens=100).metrics
+    seconds = 10.1e6 / 5e9 + 1e-3
+    assert metrics["tokens_per_second"].value == pytest.approx(1 / seconds)
+    assert metrics["tokens_per_second_sustained"].value == pytest.approx(0.5 / seconds)
+    assert metrics["time_to_first_token_seconds"].value == pytest.approx(2 * 16.5e6 * 100 / 100e9 + 1e-3)
+    memory = 2 * 10e6 + 2 * 512 * 1000 + 2 * 4 * 100 * 1000 + 12e6
+    assert metrics["peak_memory_bytes"].value == pytest.approx(memory)
+    assert metrics["package_bytes"].value == 10_100_000
+    assert metrics["package_bytes"].basis == "measured"
+    assert set(metrics) == set(METRIC_UNITS)
+    for name, metric in metrics.items():
+        if name != "package_bytes":
+            assert metric.basis == "estimated"
+            assert metric.low is not None
+            assert metric.high is not None
+            assert metric.value is not None
+            assert metric.low < metric.value < metric.high, name
+
+
+def test_a_short_prompt_still_streams_the_weights(toaster: Path, artifact: Artifact) -> None:
+    metrics = estimate(load_profile(toaster), Workload.from_artifact(artifact), prompt_tokens=1).metrics
+    assert metrics["time_to_first_token_seconds"].value == pytest.approx(10e6 / 5e9 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "low", "high"),
+    [("iphone-15-pro", 57 * 0.85, 57 * 1.15), ("raspberry-pi-5", 8, 12)],
+    ids=["TinyLlama on A17 Pro, published 57", "TinyLlama on Pi 5, published 8 to 12"],
+)
+def test_published_rates(device: str, low: float, high: float) -> None:
+    workload = Workload.from_config(LLAMA, 4.64)
+    assert workload.weight_bytes == pytest.approx(0.637e9, rel=0.01)
+    value = estimate(load_profile(device), workload).metrics["tokens_per_second"].value
+    assert value is not None
+    assert low < value < high
+
+
+def test_untied_embedding_is_looked_up(artifact: Artifact) -> None:
+    tied = Workload.from_artifact(artifact)
+    assert tied.streamed_bytes == 10_000_000
+    layers = {**artifact.details["layers"], "lm_head": {"bits": 4, "bytes": 250_000, "parameters": 500_000}}
+    untied = Workload.from_artifact(replace(artifact, details={**artifact.details, "layers": layers}))
+    assert untied.streamed_bytes == 8_250_000
+    assert untied.weight_bytes == 10_250_000
+    assert untied.multiply_accumulates == 16_500_000
+
+
+def test_core_ml_is_not_estimated_for_android(artifact: Artifact) -> None:
+    found = estimate(load_profile("pixel-9"), Workload.from_artifact(replace(artifact, format="coreml")))
+    assert found.metrics["tokens_per_second"].value is None
+    assert found.metrics["package_bytes"].value == 10_100_000
+    assert found.runtime is None
+    assert "runs onnx, not coreml" in found.skipped[0].why
+
+
+def test_onnx_reads_half_floats_as_float32(toaster: Path, artifact: Artifact) -> None:
+    rows = {"w": {"bits": 16, "bytes": 2_000_000, "parameters": 1_000_000, "format": "float16"}}
+    workload = Workload.from_artifact(replace(artifact, details={"layers": rows}))
+    found = estimate(load_profile(toaster), workload, prompt_tokens=1).metrics
+    assert found["tokens_per_second"].value == pytest.approx(1 / (4e6 / 5e9 + 1e-3))
+    assert found["peak_memory_bytes"].value == pytest.approx(2 * 3e6 + 12e6)
+    phone = load_profile("iphone-15-pro")
+    as_onnx = estimate(phone, workload, prompt_tokens=1).metrics["peak_memory_bytes"].low or 0
+    as_core_ml = estimate(phone, replace(workload, format="coreml"), prompt_tokens=1).metrics["peak_memory_bytes"].low
+    assert as_onnx - (as_core_ml or 0) == pytest.approx(1e6)
+
+
+def test_any_float_is_converted_on_export(artifact: Artifact) -> None:
+    """Norms of a bfloat16 checkpoint are no reason to refuse."""
+    rows = {"model.norm": {"bits": 16, "bytes": 2, "parameters": 1, "format": "bfloat16"}}
+    workload = Workload.from_artifact(replace(artifact, format="coreml", details={"layers": rows}))
+    assert estimate(load_profile("iphone-15-pro"), workload).runtime == "coreml"
+
+
+def test_refused_weight_formats_are_named(artifact: Artifact) -> None:
+    palettes = {"a": {"bits": 4, "bytes": 1, "parameters": 2, "format": "palette4"}}
+    workload = Workload.from_artifact(replace(artifact, details={"layers": palettes}))
+    found = estimate(load_profile("pixel-9"), workload)
+    assert "palette4: a" in found.skipped[0].why
+    assert estimate(load_profile("iphone-15-pro"), replace(workload, format="coreml")).runtime == "coreml"
+    assert (
+        "palette3"
+        in estimate(
+            load_profile("iphone-15-pro"),
+            Workload((LayerLoad("a", 8, 3, format="palette3"),), 0, 8, 8, 3, "coreai"),
+        )
+        .skipped[0]
+        .why
+    )
+
+
+def test_onnx_on_an_iphone_runs_on_its_cpu(artifact: Artifact) -> None:
+    found = estimate(load_profile("iphone-15-pro"), Workload.from_artifact(artifact))
+    assert (found.runtime, found.unit) == ("onnx", "cpu")
+
+
+def test_impossible_lengths(artifact: Artifact) -> None:
+    workload, device = Workload.from_artifact(artifact), load_profile("pixel-9")
+    with pytest.raises(RecipeError, match="at least 1"):
+        estimate(device, workload, prompt_tokens=0)
+    with pytest.raises(RecipeError, match="more than the 512"):
+        estimate(device, workload, context=513)
+
+
+def test_details_without_layers(artifact: Artifact) -> None:
+    with pytest.raises(RecipeError, match="name no layers"):
+        Workload.from_artifact(replace(artifact, details={}))
+    with pytest.raises(RecipeError, match=r"a \(bytes\), b \(parameters\)"):
+        Workload.from_artifact(replace(artifact, details={"layers": {"a": {"parameters": 1}, "b": {"bytes": 1}}}))
+
+
+def test_config_that_is_no_decoder() -> None:
+    with pytest.raises(UnsupportedModel, match="missing hidden_size, vocab_size"):
+        Workload.from_config({k: v for k, v in LLAMA.items() if k not in ("hidden_size", "vocab_size")})
+    with pytest.raises(UnsupportedModel, match="1 FFN widths for 22 layers"):
+        Workload.from_config(LLAMA | {"intermediate_size": [4]})
+
+
+def test_config_with_a_width_per_layer_and_tied_default() -> None:
+    even = Workload.from_config(LLAMA)
+    uneven = Workload.from_config(LLAMA | {"intermediate_size": [5632] * 21 + [32]})
+    assert even.weight_bytes - uneven.weight_bytes == 2 * 3 * 2048 * 5600
+    gemma = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"} | {"model_type": "gemma2"}
+    assert not any(layer.name == "lm_head" for layer in Workload.from_config(gemma).layers)

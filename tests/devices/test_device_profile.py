@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dwindle.devices.device_profile import add_profile, check_profile, list_profiles, load_profile
+from dwindle.errors import RecipeError
+
+BUILT_IN = ("iphone-15-pro", "pixel-9", "raspberry-pi-5")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_profiles_are_whole(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert profile.memory.pessimistic.at() <= profile.memory.default.at() <= profile.memory.physical.at()
+    for where, quantity in profile.quantities().items():
+        assert quantity.at("low") <= quantity.at() <= quantity.at("high"), where
+        assert len(quantity.source) > 5, where
+    assert all(runtime.unit in profile.compute_units for runtime in profile.runtimes.values())
+
+
+def test_list_names_built_in_own_and_host(toaster: Path) -> None:
+    assert list_profiles() == (*BUILT_IN, "host")
+    add_profile(toaster)
+    assert list_profiles() == (*BUILT_IN, "toaster-2", "host")
+
+
+def test_add_then_load_by_name(toaster: Path, own_configuration: Path) -> None:
+    place = add_profile(toaster)
+    assert place == own_configuration / "dwindle" / "devices" / "toaster-2.yaml"
+    assert load_profile("toaster-2") == load_profile(toaster)
+
+
+def test_a_built_in_name_is_taken(toaster: Path) -> None:
+    toaster.write_text(toaster.read_text().replace("toaster-2", "pixel-9"))
+    with pytest.raises(RecipeError, match="belongs to a built-in profile"):
+        add_profile(toaster)
+
+
+def test_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'iphone-15-pro'"):
+        load_profile("iphone15pro")
+
+
+def test_every_fault_at_once(toaster: Path) -> None:
+    text = toaster.read_text()
+    text = text.replace("name: toaster-2", "name: Toaster Two").replace(
+        "bandwidth: {value: 10, unit: GB/s", "bandwidth: {value: 10, unit: GB"
+    )
+    text = text.replace("unit: cpu", "unit: gpu").replace("int4]", "int9]").replace("memory:", "memmory:")
+    text = text.replace("    sustained:", "    sustaned:")
+    toaster.write_text(text)
+    problems = "\n".join(check_profile(toaster))
+    for said in ("lower-case words", "'GB' is no unit of bandwidth", "'gpu' is no compute unit", "'int9' is unknown",
+                 "memmory: unknown key (did you mean 'memory'?)", "memory: missing",
+                 "compute_units.cpu.sustaned: unknown key (did you mean 'sustained'?)"):  # fmt: skip
+        assert said in problems
+    with pytest.raises(RecipeError, match=r"problem\(s\)"):
+        load_profile(toaster)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("title: Toaster 2", "title: 2", "title: 2 is not text"),
+        ("minimum_os: ToastOS 3", "minimum_os: 3", "minimum_os: 3 is not text"),
+        ("[float32, int4]", "[]", "needed a list of"),
+        ("default: {value: 500", "default: {value: 5000", "memory.default: more than memory.physical"),
+        ("  onnx: {unit: cpu, minimum_os: ToastOS 3, weight_formats: [float32, int4]}", "", "at least one entry"),
+        ("memory:\n", "memory: 3\nmemory2:\n", "memory: found 3"),
+    ],
+)
+def test_single_faults(toaster: Path, old: str, new: str, said: str) -> None:
+    text = toaster.read_text()
+    assert old in text
+    toaster.write_text(text.replace(old, new))
+    assert said in "\n".join(check_profile(toaster))
+
+
+def test_files_that_are_no_profile(tmp_path: Path) -> None:
+    assert "cannot be read" in check_profile(tmp_path / "none.yaml")[0]
+    for text, said in (("a: [", "not YAML"), ("- 1", "not a mapping")):
+        (tmp_path / "x.yaml").write_text(text)
+        assert said in check_profile(tmp_path / "x.yaml")[0]
+
+
+def test_a_good_file_has_no_problems(toaster: Path) -> None:
+    assert check_profile(toaster) == []
+
+
+def test_host_is_measured() -> None:
+    host = load_profile("host")
+    assert host.bandwidth.trust == "measured"
+    assert 0.2e9 < host.bandwidth.at() < 5e12
+    assert host.memory.physical.at() >= host.memory.default.at() > 0
+    assert list(host.runtimes) == ["onnx"]

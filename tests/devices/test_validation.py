@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from dwindle.devices import ValidateOptions, junit, run
+from dwindle.errors import RecipeError
+from dwindle.report import Artifact, Metric, Parity, Report, Skipped, TargetVerdict
+
+from .conftest import write_decoder
+
+
+def metric(verdict: TargetVerdict, name: str) -> Metric:
+    return next(m for m in verdict.metrics if m.name == name)
+
+
+def test_budgets_pass_and_fail(artifact: Artifact) -> None:
+    options = ValidateOptions(("pixel-9",), {"tokens_per_second": 30, "memory": "1MB"})
+    (verdict,), skipped = run(options, [(artifact, Path())])
+    assert metric(verdict, "tokens_per_second").passed is True
+    assert metric(verdict, "tokens_per_second").budget == ">= 30 tokens/s"
+    assert metric(verdict, "peak_memory_bytes").passed is False
+    assert verdict.passed is False
+    assert (verdict.artifact, verdict.variant) == ("export/onnx", "onnx")
+    assert not skipped
+
+
+def test_memory_of_the_device_is_always_a_budget(toaster: Path, artifact: Artifact) -> None:
+    (verdict,), _ = run(ValidateOptions((str(toaster),)), [(artifact, Path())])
+    assert metric(verdict, "peak_memory_bytes").budget == "<= 500 MB (what an app may use)"
+    assert verdict.passed is True
+    (looser,), _ = run(ValidateOptions((str(toaster),), {"memory": "600MB"}), [(artifact, Path())])
+    assert "500 MB" in (metric(looser, "peak_memory_bytes").budget or "")
+    assert metric(verdict, "peak_memory_bytes").passed
+
+
+def test_a_limit_the_device_does_not_have(toaster: Path, artifact: Artifact) -> None:
+    with pytest.raises(RecipeError, match="knows no such limit"):
+        run(ValidateOptions((str(toaster),), memory="entitled"), [(artifact, Path())])
+
+
+def test_each_artifact_a_device_can_run_is_judged(artifact: Artifact) -> None:
+    coreml = replace(
+        artifact,
+        format="coreml",
+        path="export/coreml",
+        variant="apple",
+        details={"layers": {"a": {"bits": 4, "bytes": 100, "parameters": 200, "format": "palette4"}}},
+    )
+    both = [(artifact, Path()), (coreml, Path())]
+    verdicts, skipped = run(ValidateOptions(("iphone-15-pro", "pixel-9")), both)
+    assert [(v.profile, v.artifact) for v in verdicts] == [
+        ("iphone-15-pro", "export/onnx"), ("iphone-15-pro", "export/coreml"), ("pixel-9", "export/onnx")]  # fmt: skip
+    assert [s.what for s in skipped] == ["coreml (apple) on pixel-9"]
+
+
+def test_nothing_to_run_fails_the_budgets(artifact: Artifact) -> None:
+    coreml = replace(artifact, format="coreml")
+    (verdict,), skipped = run(ValidateOptions(("pixel-9",), {"tokens_per_second": 1}), [(coreml, Path())])
+    assert metric(verdict, "tokens_per_second").value is None
+    assert verdict.passed is False
+    assert len(skipped) == 1
+    report = Report(targets=(verdict,), skipped=skipped)
+    assert report.exit_code == 1
+    assert "is not known" in report.failures[0]
+
+
+def test_require_measured_refuses_estimates(artifact: Artifact) -> None:
+    options = ValidateOptions(("pixel-9",), {"tokens_per_second": 1}, require="measured")
+    (verdict,), _ = run(options, [(artifact, Path())])
+    assert metric(verdict, "tokens_per_second").passed is False
+    assert metric(verdict, "tokens_per_second").budget == ">= 1 tokens/s, measured"
+
+
+def test_host_is_run_and_measured(tmp_path: Path, artifact: Artifact) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = write_decoder(tmp_path / "onnx")
+    options = ValidateOptions(
+        ("host",), {"tokens_per_second": 1}, "measured", prompt_tokens=8, decode_tokens=4, repeats=1, threads=1
+    )
+    artifacts = [(artifact, folder), (replace(artifact, format="coreml"), folder)]
+    (verdict,), skipped = run(options, artifacts)
+    assert verdict.passed is True
+    assert {m.basis for m in verdict.metrics} == {"measured"}
+    assert "no runtime for coreml" in skipped[0].why
+
+
+def test_a_budget_on_what_the_host_does_not_measure_fails(tmp_path: Path, artifact: Artifact) -> None:
+    pytest.importorskip("onnxruntime")
+    options = ValidateOptions(("host",), {"tokens_per_second_sustained": 1}, decode_tokens=2, repeats=1, threads=1)
+    (verdict,), _ = run(options, [(artifact, write_decoder(tmp_path / "onnx"))])
+    assert metric(verdict, "tokens_per_second_sustained").passed is False
+
+
+def test_context_longer_than_the_model_is_cut(artifact: Artifact) -> None:
+    (long,), _ = run(ValidateOptions(("pixel-9",), context=100_000), [(artifact, Path())])
+    (whole,), _ = run(ValidateOptions(("pixel-9",)), [(artifact, Path())])
+    assert long == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"targets": ()}, "at least one device profile"),
+        ({"require": "estimated"}, "can only be 'measured'"),
+        ({"memory": "all"}, "one of default"),
+        ({"context": 0}, "context=0"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"budgets": {"speed": 3}}, "speed is no metric"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        ValidateOptions(**options)
+
+
+def test_junit_counts_cases() -> None:
+    parity = Parity(0.5, 0.1, 0.9, 64, "onnxruntime 1.0", passed=False)
+    metrics = (Metric("tokens_per_second", None, "tokens/s", "estimated", ">= 30", False),
+               Metric("package_bytes", 10.0, "bytes", "measured", "<= 20", True),
+               Metric("peak_memory_bytes", 10.0, "bytes", "estimated"))  # fmt: skip
+    report = Report(
+        artifacts=(Artifact("onnx", "a<b>\x01", 1, "0", parity),),
+        targets=(TargetVerdict("pixel-9", metrics),),
+        skipped=(Skipped("x & y", "why"),),
+    )
+    suite = ElementTree.fromstring(junit(report))
+    assert suite.attrib == {"name": "dwindle", "tests": "4", "failures": "2", "skipped": "1"}
+    assert [c.get("classname") for c in suite] == ["parity", "budget.pixel-9", "budget.pixel-9", "skipped"]
+    assert "not known" in (suite[1][0].get("message") or "")
