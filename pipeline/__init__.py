@@ -1,0 +1,1 @@
+"""dwindle.pipeline."""

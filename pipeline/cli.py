@@ -1,0 +1,114 @@
+"""The `dwindle` command: click, lazily loaded, one place where errors become exit codes.
+
+`dwindle --help` imports this file and nothing heavy: the summaries stand in the table below, the command's own
+module is imported when the command is used (and those import torch inside their functions).
+
+Exit codes: 0 done; 1 a gate failed (quality, parity, budget); 2 bad input or usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from dwindle.errors import DwindleError
+
+__all__ = ["cli", "main"]
+
+COMMANDS = {
+    "run": ("runs:run", "Run a recipe: every step, cached and resumable, into one folder with a report."),
+    "demo": ("runs:demo", "Run the whole line on the embedded teacher, in a few minutes."),
+    "prune": ("models:prune", "Cut units out of a model by their importance; the result loads anywhere."),
+    "distill": ("models:distill", "Train a student to follow its teacher."),
+    "quantize": ("models:quantize", "Turn weights into palettes or integers, packed."),
+    "export": ("models:export", "Write ONNX and Core ML, execute them and prove them equal to the model."),
+    "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
+    "validate": ("targets:validate", "Hold a run to budgets on device profiles."),
+    "bench": ("targets:bench", "Measure an exported artifact on a real target."),
+    "devices": ("targets:devices", "List, show, check or add device profiles."),
+    "report": ("runs:report", "Show the report of a run, or write its HTML again."),
+    "compare": ("runs:compare", "Set two runs side by side; fail on a regression."),
+    "doctor": ("targets:doctor", "Show versions, their known conflicts, and what can run here."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when their names are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table: the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command, imported from its module."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"dwindle.pipeline.commands.{module}"), name)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Return the command for the first word; an unknown one is answered with the nearest."""
+        if args and args[0] not in COMMANDS:
+            from dwindle.pipeline.option_values import nearest
+
+            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], list(COMMANDS))}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of commands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dwindle", prog_name="dwindle")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more, on stderr.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
+    """Make a language model small and fast enough for a phone, with proof.
+
+    Start with `dwindle demo`; then write a recipe (recipes/) and `dwindle run` it.
+    """
+    ctx.obj = {"debug": debug}
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("dwindle").setLevel(logging.INFO if verbose else logging.WARNING)
+    for noisy in ("torchao", "torch.utils._pytree"):  # kernels for GPUs that are not there; nothing a user can act on
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with the exit code of what happened."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = cli.main(args=words, prog_name="dwindle", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Finished steps are kept; run the same command again to go on.", err=True)
+        sys.exit(130)
+    except DwindleError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

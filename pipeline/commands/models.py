@@ -1,0 +1,200 @@
+"""Commands on one model: prune, distill, quantize, export, evaluate. Each is a thin door to one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dwindle.errors import DataError, GateFailed, RecipeError
+from dwindle.pipeline.commands.shared import (
+    data_option,
+    device_option,
+    emit,
+    json_option,
+    made_options,
+    model_option,
+    notify,
+    output_option,
+    seed_option,
+    teacher_option,
+)
+
+__all__ = ["distill", "evaluate", "export", "prune", "quantize"]
+
+
+def _load(name: str, torch_device: str = "cpu") -> Any:
+    from dwindle.bundle import ModelBundle
+
+    notify(f"loading {name}")
+    return ModelBundle.load(name, torch_device=torch_device)
+
+
+def _told(record: Any) -> str:
+    before, after = record.before, record.after
+    return (
+        f"{record.name}: {before.parameters:,} -> {after.parameters:,} parameters, "
+        f"{before.bytes:,} -> {after.bytes:,} bytes, "
+        f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight, {record.seconds:.1f} s"
+    )
+
+
+def _save(bundle: Any, record: Any, output: str, as_json: bool) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun every process has the result; the first one writes it
+        return
+    bundle.save(Path(output))
+    skipped = "".join(f"\nNot done: {s.what}: {s.why}" for s in record.skipped)
+    emit(record.to_json(), f"{_told(record)}{skipped}\nWritten: {output}", as_json)
+
+
+@click.command()
+@model_option
+@output_option
+@click.option("--keep", multiple=True, metavar="PART=SHARE", help="Share to keep, as in ffn=0.5.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan instead of making one.")
+@click.option("--method", help="activation (needs -d) or magnitude.  [default: activation]")
+@data_option("Text the importance is measured on.", required=False)
+@click.option("--dry-run", is_flag=True, help="Print the plan as JSON; write nothing.")
+@seed_option
+@device_option
+@json_option
+def prune(model: str, output: str, keep: tuple[str, ...], plan_file: str | None, method: str | None,
+          data: tuple[str, ...], dry_run: bool, seed: int, torch_device: str, as_json: bool) -> None:  # fmt: skip
+    """Cut FFN units out of a model by their importance and write a smaller, stock checkpoint."""
+    from dwindle import prune as room
+    from dwindle.data import DataOptions, calibration_set
+
+    if bool(keep) == bool(plan_file):
+        raise RecipeError("prune: give either --keep ffn=SHARE or --plan FILE.")
+    values: dict[str, Any] = {"method": method}
+    for item in keep:
+        part, _, share = item.partition("=")
+        if part != "ffn" or not share:
+            raise RecipeError(f"--keep {item}: found no ffn=SHARE. Example: --keep ffn=0.5")
+        values["ffn_keep"] = share
+    options = made_options(room.PruneOptions, values, "prune")
+    given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
+    bundle = _load(model, torch_device)
+    calibration = None
+    if data:
+        calibration = calibration_set(DataOptions(train=data, seed=seed), bundle.tokenizer, bundle.anatomy.context)
+    made = given or room.plan(bundle, options, calibration)
+    if dry_run:
+        click.echo(json.dumps(made.to_json(), indent=2))
+        return
+    pruned, record = room.run(bundle, options, keep_plan=made)
+    _save(pruned, record, output, as_json)
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+@click.command()
+@teacher_option
+@model_option
+@data_option("Training text: files, folders or data set ids.")
+@output_option
+@click.option("--loss", "losses", multiple=True, metavar="NAME[=WEIGHT]", help="forward_kl, top1_blend=0.9, ...")
+@click.option("--tokens", help="Tokens to train on, as in 20M.")
+@click.option("--learning-rate", help="Peak learning rate.")
+@click.option("--batch-size", help="Windows per step.")
+@seed_option
+@device_option
+@json_option
+def distill(
+    teacher: str, model: str, data: tuple[str, ...], output: str, torch_device: str, as_json: bool, **values: Any
+) -> None:  # fmt: skip
+    """Train a student to follow its teacher. Cut off, it goes on from its last checkpoint."""
+    import shutil
+
+    from dwindle import distill as room
+    from dwindle.data import DataOptions, training_set
+
+    options = made_options(room.DistillOptions, values, "distill")
+    guide, student = _load(teacher, torch_device), _load(model, torch_device)
+    train = training_set(DataOptions(train=data, seed=options.seed), student.tokenizer, student.anatomy.context)
+    place = Path(output)
+    work = place.with_name(f".{place.name}.work")
+    trained, record = room.run(student, options, teacher=guide, train=train, folder=work)
+    _save(trained, record, output, as_json)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@click.command()
+@model_option
+@output_option
+@click.option("--scheme", required=True, help="palettize (Core ML) or integer (ONNX Runtime and Core ML).")
+@click.option("--bits", help="Bits of a weight.")
+@click.option("--group-size", help="Rows that share a palette, or inputs that share a scale.")
+@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Layers left in float, as in '*.down_proj'.")
+@device_option
+@json_option
+def quantize(model: str, output: str, scheme: str, bits: str | None, group_size: str | None,
+             keep_float: tuple[str, ...], torch_device: str, as_json: bool) -> None:  # fmt: skip
+    """Quantize a model's weights; the packed result loads through transformers after `import dwindle`."""
+    from dwindle import quantize as room
+
+    values = {"scheme": scheme, "bits": bits, "group_size": group_size, "keep_float": keep_float}
+    options = made_options(room.QuantizeOptions, values, "quantize")
+    quantized, record = room.run(_load(model, torch_device), options)
+    _save(quantized, record, output, as_json)
+
+
+@click.command()
+@model_option
+@output_option
+@click.option("--format", "formats", multiple=True, required=True, help="onnx or coreml; repeat for both.")
+@click.option("--context-length", help="Longest sequence the artifact takes.  [default: the model's]")
+@json_option
+def export(model: str, output: str, formats: tuple[str, ...], context_length: str | None, as_json: bool) -> None:
+    """Export a float or quantized model, execute the result and compare it with the model: exit 1 on a miss."""
+    from dwindle import export as room
+
+    values = {"formats": formats, "context_length": context_length}
+    options = made_options(room.ExportOptions, values, "export")
+    artifacts = room.run(_load(model), options, Path(output))
+    lines = []
+    for a in artifacts:
+        p = a.parity
+        verdict = "not checked" if p is None else "passed" if p.passed else "FAILED"
+        detail = "" if p is None else f" (max |logit error| {p.max_abs_logit_error:.1e}, {p.tokens_checked} tokens)"
+        lines.append(f"{a.format}: {a.path}, {a.bytes:,} bytes, parity {verdict}{detail}")
+    emit({"artifacts": [dataclasses.asdict(a) for a in artifacts]}, "\n".join(lines), as_json)
+    if any(a.parity is not None and not a.parity.passed for a in artifacts):
+        raise GateFailed("export: the artifact does not equal the model it was made from; do not ship it.")
+
+
+@click.command()
+@model_option
+@click.option("--text", required=True, type=click.Path(), help="Text to measure on.")
+@click.option("--reference", "-t", help="Teacher for KL and agreement: folder or id.")
+@click.option("--tokens", help="Measure the first so many tokens only.")
+@click.option("--context", help="Window length.  [default: the model's context]")
+@device_option
+@json_option
+def evaluate(model: str, text: str, reference: str | None, tokens: str | None, context: str | None, torch_device: str,
+             as_json: bool) -> None:  # fmt: skip
+    """Measure a model folder or an exported artifact: nats/token, bits/byte, KL and agreement with a reference.
+
+    Prints the keys of `after` in report.json; the same text gives the same numbers as the run's report.
+    """
+    from dwindle.pipeline.evaluate import evaluate as measured
+    from dwindle.pipeline.option_values import parse_count
+
+    try:
+        limit = None if tokens is None else int(parse_count(tokens))
+        window = None if context is None else int(parse_count(context))
+    except ValueError as error:
+        raise RecipeError(f"evaluate: {error}") from error
+    notify(f"measuring {model} on {text}")
+    result = measured(model, text, reference=reference, max_tokens=limit, context=window, torch_device=torch_device)
+    lines = [f"{key:24} {value}" for key, value in result.to_json().items() if value is not None]
+    emit(result.to_json(), "\n".join(lines), as_json)

@@ -1,0 +1,110 @@
+"""Commands on whole runs: run, demo, report, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dwindle.pipeline.commands.shared import device_option, emit, json_option, notify, output_option
+
+__all__ = ["compare", "demo", "report", "run"]
+
+
+def _finish(report: Any, folder: Path, as_json: bool) -> int:
+    from dwindle.pipeline.summary import summary
+
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
+    else:
+        click.echo(summary(report))
+        click.echo(f"\nReport: {folder / 'report.html'}")
+    for line in report.failures:
+        click.echo(f"FAILED {line}", err=True)
+    return int(report.exit_code)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path())
+@output_option
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key; dotted, YAML values.")
+@click.option("--seed", type=int, help="Seed of every random choice.  [default: the recipe's]")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan; run nothing.")
+@device_option
+@json_option
+def run(
+    recipe: str,
+    output: str,
+    settings: tuple[str, ...],
+    seed: int | None,
+    dry_run: bool,
+    torch_device: str,
+    as_json: bool,
+) -> int:
+    """Run RECIPE into a folder: every step cached, resumable, measured and reported.
+
+    \b
+    dwindle run recipes/stories260k.yaml -o out --set teacher.model=FOLDER --set 'data.train=[a.txt]'
+
+    A second run re-does only what changed; a killed run goes on where it stopped. Exit code 1 means that a gate
+    failed (parity, budget): the report says which.
+    """
+    from dwindle.pipeline.recipe import Recipe
+
+    parsed = Recipe.load(recipe, settings if seed is None else (*settings, f"seed={seed}"))
+    if dry_run:
+        from dwindle.pipeline.plan import plan
+
+        shown = plan(parsed)
+        emit(shown, "\n".join(shown["lines"]), as_json)
+        return 0
+    from dwindle.pipeline.runner import run as run_recipe
+
+    return _finish(run_recipe(parsed, Path(output), torch_device=torch_device, notify=notify), Path(output), as_json)
+
+
+@click.command()
+@click.option("-o", "--output", default="dwindle-demo", show_default=True, type=click.Path(), help="Run folder.")
+@json_option
+def demo(output: str, as_json: bool) -> int:
+    """Run the whole line on the embedded teacher: prune, distill, quantize, export, check, report.
+
+    Takes a few minutes on two processor cores and downloads nothing.
+    """
+    from dwindle.pipeline.demo import run_demo
+
+    return _finish(run_demo(Path(output), notify=notify), Path(output), as_json)
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path())
+@click.option("--html", is_flag=True, help="Write report.html again from report.json.")
+@json_option
+def report(folder: str, html: bool, as_json: bool) -> int:
+    """Show the report of RUN; its exit code is the run's."""
+    from dwindle.pipeline.write_reports import read_report, rewrite_html
+
+    found = read_report(Path(folder))
+    if html:
+        rewrite_html(found, Path(folder))
+    return _finish(found, Path(folder), as_json)
+
+
+@click.command()
+@click.argument("before", metavar="RUN", type=click.Path())
+@click.argument("after", metavar="RUN", type=click.Path())
+@click.option("--max-regression", metavar="PERCENT", help="Fail if a result is worse by more, as in 2%.")
+@json_option
+def compare(before: str, after: str, max_regression: str | None, as_json: bool) -> int:
+    """Set two runs side by side; with --max-regression, exit 1 if the second is worse by more than that."""
+    from dwindle.pipeline.compare import compare_reports, parse_percent
+    from dwindle.pipeline.write_reports import read_report
+
+    share = None if max_regression is None else parse_percent(max_regression)
+    result = compare_reports(read_report(Path(before)), read_report(Path(after)), max_regression=share)
+    emit(result.to_json(), result.text(), as_json)
+    for line in result.failures:
+        click.echo(f"FAILED {line}", err=True)
+    return 1 if result.failures else 0

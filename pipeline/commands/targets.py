@@ -1,0 +1,138 @@
+"""Commands about targets: devices, bench, validate, doctor. None of them loads torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dwindle.errors import RecipeError
+from dwindle.pipeline.commands.shared import emit, json_option, made_options, notify
+
+__all__ = ["bench", "devices", "doctor", "validate"]
+
+
+@click.group()
+def devices() -> None:
+    """List, show, check or add device profiles; every number in one has a source and a date."""
+
+
+@devices.command("list")
+@json_option
+def list_devices(as_json: bool) -> None:
+    """Name the profiles that are known here."""
+    from dwindle.devices import list_profiles, load_profile
+
+    rows = [{"name": name, "title": load_profile(name).title} for name in list_profiles() if name != "host"]
+    rows.append({"name": "host", "title": "This machine, measured"})
+    emit({"devices": rows}, "\n".join(f"{row['name']:18} {row['title']}" for row in rows), as_json)
+
+
+@devices.command("show")
+@click.argument("name")
+@json_option
+def show_device(name: str, as_json: bool) -> None:
+    """Show every number of a profile with unit, source, date and how far it is to be trusted."""
+    from dwindle.devices import load_profile
+
+    profile = load_profile(name)
+    lines = [f"{profile.name}: {profile.title}"]
+    for label, quantity in profile.quantities().items():
+        lines.append(
+            f"  {label:38} {quantity.value:g} {quantity.unit}  [{quantity.trust}, {quantity.date}] {quantity.source}"
+        )
+    emit(dataclasses.asdict(profile), "\n".join(lines), as_json)
+
+
+@devices.command("check")
+@click.argument("path", type=click.Path())
+@json_option
+def check_device(path: str, as_json: bool) -> int:
+    """Check a profile file; exit code 2 with every problem if it is not sound."""
+    from dwindle.devices import check_profile
+
+    problems = check_profile(path)
+    emit({"path": path, "problems": problems}, "\n".join(problems) or f"{path}: sound", as_json)
+    return 2 if problems else 0
+
+
+@devices.command("add")
+@click.argument("path", type=click.Path())
+@json_option
+def add_device(path: str, as_json: bool) -> None:
+    """Check a profile file and copy it to the user's profiles, so that its name is known."""
+    from dwindle.devices import add_profile
+
+    place = add_profile(path)
+    emit({"path": str(place)}, f"Added: {place}", as_json)
+
+
+@click.command()
+@click.argument("artefact", type=click.Path())
+@click.option("--on", "target", default="host", show_default=True, help="Where to run it: host.")
+@click.option("--prompt-tokens", help="Tokens before the first generated one.")
+@click.option("--decode-tokens", help="Tokens generated per repeat.")
+@click.option("--repeats", help="Runs; the median counts.")
+@click.option("--threads", help="Threads of the runtime.")
+@json_option
+def bench(artefact: str, target: str, as_json: bool, **values: str | None) -> None:
+    """Measure an exported ONNX folder in a fresh process: tokens/s, time to first token, peak memory."""
+    from dwindle.devices import BenchOptions, measure_host
+
+    if target != "host":
+        raise RecipeError(f"--on {target}: only 'host' can be measured in this version.")
+    options = made_options(BenchOptions, values, "bench")
+    notify(f"measuring {artefact} on this host")
+    metrics = measure_host(Path(artefact), options)
+    lines = [
+        f"{m.name:30} {m.value:,.4g} {m.unit} ({m.basis})" if m.value is not None else f"{m.name:30} unknown"
+        for m in metrics
+    ]
+    emit({"artefact": artefact, "on": target, "options": dataclasses.asdict(options),
+          "metrics": [dataclasses.asdict(m) for m in metrics]}, "\n".join(lines), as_json)  # fmt: skip
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path())
+@click.option("--target", "targets", multiple=True, help="Device profile; repeat.  [default: the run's recipe]")
+@click.option("--budget", "budgets", multiple=True, metavar="LIMIT", help="As in 'tokens_per_second >= 30'; repeat.")
+@click.option("--require", help="measured: an estimate does not meet a budget.")
+@click.option("--junit", type=click.Path(), help="Also write JUnit XML for a build server.")
+@json_option
+def validate(folder: str, targets: tuple[str, ...], budgets: tuple[str, ...], require: str | None, junit: str | None,
+             as_json: bool) -> int:  # fmt: skip
+    """Hold the artifacts of RUN to budgets on device profiles; exit 1 if one is missed."""
+    from dwindle import devices as room
+    from dwindle.pipeline.summary import summary
+    from dwindle.pipeline.write_reports import read_report
+    from dwindle.report import Report
+    from dwindle.storage import write_text
+
+    run = read_report(Path(folder))
+    values: dict[str, Any] = {"targets": targets, "budgets": budgets, "require": require}
+    options = made_options(room.ValidateOptions, values, "validate")
+    verdicts, skipped = room.run(options, [(a, Path(folder) / a.path) for a in run.artifacts])
+    report = Report(artifacts=run.artifacts, targets=verdicts, skipped=skipped)
+    if junit:
+        write_text(Path(junit), room.junit(report))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
+    else:
+        click.echo(summary(report))
+    for line in report.failures:
+        click.echo(f"FAILED {line}", err=True)
+    return report.exit_code
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> int:
+    """Show versions, their known conflicts, and what can run on this machine; exit 1 if something is in conflict."""
+    from dwindle.pipeline.doctor import examine
+
+    found = examine()
+    emit(found.to_json(), found.text(), as_json)
+    return 1 if found.problems else 0

@@ -1,0 +1,225 @@
+"""report.html: one self-contained page for a person. No script, no request, light and dark, fit to print.
+
+The page answers in this order: did it pass; how small, how good, how fast; what each step did; where the bytes are;
+what each device would do and how that is known; what was exported and who checked it; what did not happen; on what it
+ran. All texts go through jinja2's escaping; a content policy in the page forbids everything but its own style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dwindle.pipeline import figures
+from dwindle.pipeline.charts import Point, quality_against_size
+from dwindle.pipeline.layer_tables import layer_tables
+from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord, TargetVerdict
+
+__all__ = ["METRIC_LABELS", "render_html"]
+
+METRIC_LABELS: Mapping[str, str] = {
+    "tokens_per_second": "Decode",
+    "tokens_per_second_sustained": "Sustained",
+    "time_to_first_token_seconds": "Time to first token",
+    "peak_memory_bytes": "Peak memory",
+    "package_bytes": "Package",
+}
+"""How a page calls a metric."""
+
+
+def render_html(report: Report, title: str = "dwindle run", recipe_text: str = "") -> str:
+    """Return the page of a report as one HTML document."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(figures=figures, metric_labels=METRIC_LABELS, metric_range=_metric_range)
+    page = environment.get_template("report.html.j2")
+    return page.render(
+        title=title,
+        report=report,
+        recipe_text=recipe_text,
+        verdict=_verdict(report),
+        cards=_cards(report),
+        states=_states(report),
+        chart=quality_against_size(_points(report)),
+        layer_tables=layer_tables(report),
+        targets=_targets(report),
+        metric_names=_metric_names(report),
+        facts=_facts(report),
+    )
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    kind: str
+    text: str
+
+
+def _verdict(report: Report) -> _Verdict:
+    if report.failures:
+        count = len(report.failures)
+        return _Verdict("failed", f"{count} gate{'s' * (count > 1)} failed")
+    checked = any(a.parity for a in report.artifacts) or any(t.passed is not None for t in report.targets)
+    return _Verdict("passed", "All gates passed") if checked else _Verdict("open", "No gate was checked")
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One of the large numbers at the top."""
+
+    label: str
+    value: str
+    note: str
+
+
+def _ends(report: Report) -> list[StepRecord]:
+    """Return the last step of the line, once per variant."""
+    last: dict[str | None, StepRecord] = {}
+    for step in report.steps:
+        last[step.variant] = step
+    return [s for v, s in last.items() if v is not None] or list(last.values())
+
+
+def _cards(report: Report) -> list[_Card]:
+    cards = []
+    ends = _ends(report)
+    if ends:
+        start = report.steps[0].before
+        for end in ends:
+            name = f" ({end.variant})" if end.variant else ""
+            note = f"from {figures.size(start.bytes)}, {end.after.bits_per_weight:.2f} bits per weight"
+            cards.append(
+                _Card(
+                    f"Size{name}",
+                    figures.ratio(start.bytes, end.after.bytes) or figures.size(end.after.bytes),
+                    f"{figures.size(end.after.bytes)} {note}",
+                )
+            )
+        for end in ends:
+            if end.after.top1_agreement is not None or end.after.nats_per_token is not None:
+                cards.append(_quality_card(start, end))
+    best = _best_speed(report.targets)
+    if best is not None:
+        profile, metric = best
+        cards.append(_Card("Speed", figures.metric_text(metric, metric.value), f"{metric.basis} on {profile}"))
+    return cards
+
+
+def _quality_card(start: Measurement, end: StepRecord) -> _Card:
+    name = f" ({end.variant})" if end.variant else ""
+    delta = figures.change(start.nats_per_token, end.after.nats_per_token)
+    told = f"{figures.number(end.after.nats_per_token)} nats/token" + (f" ({delta})" if delta else "")
+    if end.after.top1_agreement is None:
+        return _Card(f"Quality{name}", figures.number(end.after.nats_per_token), told)
+    return _Card(f"Agreement{name}", figures.share(end.after.top1_agreement), f"with the teacher; {told}")
+
+
+def _best_speed(targets: Sequence[TargetVerdict]) -> tuple[str, Metric] | None:
+    """Return the fastest measured rate, or the fastest estimate where nothing was measured."""
+    rates = [
+        (t.profile, m) for t in targets for m in t.metrics if m.name == "tokens_per_second" and m.value is not None
+    ]
+    measured = [r for r in rates if r[1].basis == "measured"]
+    return max(measured or rates, key=lambda r: r[1].value or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class _State:
+    """One row of the before/after table: a model after a step, and the model it came from."""
+
+    label: str
+    variant: str | None
+    now: Measurement
+    before: Measurement | None
+    step: StepRecord | None
+
+
+def _states(report: Report) -> list[_State]:
+    if not report.steps:
+        return []
+    start = _State("teacher", None, report.steps[0].before, None, None)
+    return [start, *(_State(s.name, s.variant, s.after, s.before, s) for s in report.steps)]
+
+
+def _points(report: Report) -> list[Point]:
+    """Return the models whose quality is known; each is linked to the one whose numbers it started from."""
+    points: list[Point] = []
+    made: list[Measurement] = []
+    variants: list[str | None] = []
+    for state in _states(report):
+        nats = state.now.nats_per_token
+        if nats is None or state.now.bytes < 1:
+            continue
+        if state.variant not in variants:
+            variants.append(state.variant)
+        origin = next((i for i in range(len(made) - 1, -1, -1) if made[i] == state.before), None)
+        label = state.label + (f" ({state.variant})" if state.variant else "")
+        points.append(Point(label, state.now.bytes, nats, variants.index(state.variant), origin))
+        made.append(state.now)
+    return points
+
+
+@dataclass(frozen=True)
+class _Target:
+    """All verdicts of one device."""
+
+    profile: str
+    verdicts: tuple[TargetVerdict, ...]
+
+    def artifact(self, verdict: TargetVerdict) -> str:
+        """Return what a verdict is about."""
+        path = verdict.artifact or "no artifact runs here"
+        return f"{path} ({verdict.variant})" if verdict.variant else path
+
+    def metric(self, verdict: TargetVerdict, name: str) -> Metric | None:
+        """Return a metric by name."""
+        return next((m for m in verdict.metrics if m.name == name), None)
+
+
+def _targets(report: Report) -> list[_Target]:
+    profiles = dict.fromkeys(t.profile for t in report.targets)
+    return [_Target(p, tuple(t for t in report.targets if t.profile == p)) for p in profiles]
+
+
+def _metric_names(report: Report) -> list[str]:
+    """Return the metrics that any target has, the usual ones first."""
+    present = {m.name for t in report.targets for m in t.metrics}
+    return [n for n in METRIC_LABELS if n in present] + sorted(present - set(METRIC_LABELS))
+
+
+def _metric_range(metric: Metric) -> str:
+    """Return the range of a metric as text, or nothing."""
+    if metric.low is None or metric.high is None or metric.low == metric.high:
+        return ""
+    low, high = figures.metric_text(metric, metric.low), figures.metric_text(metric, metric.high)
+    return f"{low.removesuffix(f' {metric.unit}')} to {high}"
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """Return inputs and environment as flat (name, value) rows."""
+    return [*_flat(report.inputs, ""), *_flat(report.environment, ""), *_versions(report.artifacts)]
+
+
+def _versions(artifacts: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
+    for artifact in artifacts:
+        if artifact.versions:
+            yield f"exported {artifact.format} with", ", ".join(f"{k} {v}" for k, v in artifact.versions.items())
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key} \N{MIDDLE DOT} ")
+        elif value not in (None, "", []):
+            yield (
+                f"{prefix}{key}".replace("_", " "),
+                f"{value:,}" if isinstance(value, int) and value > 9999 else str(value),
+            )

@@ -1,0 +1,271 @@
+"""A recipe: one YAML file that says teacher, data and steps. Parsing it loads no torch.
+
+    version: 1
+    teacher: {model: FOLDER_OR_ID}
+    data: {train: [...], calibration: ..., evaluation: ...}
+    steps:
+      - prune: {ffn_keep: 0.5}
+      - quantize: {apple: {scheme: palettize}, onnx: {scheme: integer}}     # variants
+
+Unknown keys, wrong types, steps in an impossible order: all are collected and raised as one RecipeError.
+`Recipe.options` turns the text into the option dataclasses of the steps (that is when their rooms are imported).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dwindle.errors import RecipeError
+from dwindle.pipeline.option_values import fill, nearest
+
+__all__ = ["ORDER", "Recipe", "StepSpec", "parse_overrides"]
+
+ORDER = {"prune": 0, "distill": 0, "quantize": 1, "export": 2, "validate": 3}
+"""A step may follow a step of the same or a lower rank: prune and distill may alternate, nothing is trained or cut
+after quantize (the codes are final), nothing is validated before it is exported."""
+
+OPTIONS = {
+    "data": ("dwindle.data", "DataOptions"),
+    "prune": ("dwindle.prune", "PruneOptions"),
+    "distill": ("dwindle.distill", "DistillOptions"),
+    "quantize": ("dwindle.quantize", "QuantizeOptions"),
+    "export": ("dwindle.pipeline.export_plan", "ExportStepOptions"),
+    "validate": ("dwindle.devices", "ValidateOptions"),
+}
+"""Where the option type of each section lives; its field names are the keys of the recipe."""
+
+_TOP = ("version", "name", "teacher", "data", "steps", "seed")
+_TEACHER = ("model", "trust_remote_code")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without the two features that have hurt others: repeated keys (the last one wins in silence) and
+    aliases (a few lines can grow to gigabytes)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader, made stricter)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(
+            f"{where} is no valid YAML: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One step as written: `variants` maps a variant's name (None for the only one) to its raw options."""
+
+    name: str
+    variants: Mapping[str | None, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe. `raw` is what is written to the run folder as recipe.yaml."""
+
+    raw: Mapping[str, Any]
+    steps: tuple[StepSpec, ...]
+    seed: int = 0
+    options: Mapping[tuple[int, str | None], Any] = field(default_factory=dict, compare=False)
+    """(index of the step, variant) -> its frozen options."""
+    data: Any = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Return the recipe's name; shown in the report."""
+        return str(self.raw.get("name") or "dwindle run")
+
+    @property
+    def teacher(self) -> str:
+        """Return the teacher's folder or Hugging Face id."""
+        return str(self.raw["teacher"]["model"])
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Return whether the teacher may bring its own code. Off unless the recipe says so."""
+        return bool(self.raw["teacher"].get("trust_remote_code", False))
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, overrides included."""
+        return yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+        """Return the recipe in `path` with `key=value` overrides applied; raise RecipeError with every mistake."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise RecipeError(f"{path}: no such recipe. Recipes to start from are in recipes/.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as a recipe ({error}).") from error
+        return cls.parse(_read_yaml(text, str(path)), overrides, where=str(path))
+
+    @classmethod
+    def parse(cls, raw: Any, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+        """Return the recipe for an already loaded mapping."""
+        if not isinstance(raw, Mapping):
+            raise RecipeError(f"{where}: found {type(raw).__name__}, needed a mapping with the keys {', '.join(_TOP)}.")
+        merged = _with_overrides(raw, parse_overrides(overrides))
+        problems: list[str] = []
+        steps = _check_shape(merged, problems)
+        seed = merged.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            problems.append(f"seed: {seed!r} is no whole number.")
+            seed = 0
+        options: dict[tuple[int, str | None], Any] = {}
+        for index, step in enumerate(steps):
+            for variant, values in step.variants.items():
+                place = f"steps[{index}].{step.name}" + (f".{variant}" if variant else "")
+                kind = _option_type(step.name)
+                options[index, variant] = fill(kind, _seeded(kind, values, seed), place, problems)
+        data_kind = _option_type("data")
+        data = fill(data_kind, _seeded(data_kind, merged.get("data") or {}, seed), "data", problems)
+        if problems:
+            raise RecipeError(
+                f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems)
+            )
+        return cls(raw=merged, steps=tuple(steps), seed=int(seed), options=options, data=data)
+
+
+def _option_type(section: str) -> type[Any]:
+    module, name = OPTIONS[section]
+    kind: type[Any] = getattr(importlib.import_module(module), name)
+    return kind
+
+
+def _seeded(kind: type[Any], values: Any, seed: Any) -> Any:
+    """Return the values with the recipe's seed where the section takes one and names none of its own."""
+    takes_seed = any(f.name == "seed" for f in dataclasses.fields(kind))
+    return {"seed": seed, **values} if takes_seed and isinstance(values, Mapping) else values
+
+
+def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
+    problems += [f"{key} is unknown.{nearest(str(key), _TOP)}" for key in raw if key not in _TOP]
+    if raw.get("version") != 1:
+        problems.append(f"version: found {raw.get('version')!r}, needed 1.")
+    teacher = raw.get("teacher")
+    if not isinstance(teacher, Mapping) or not isinstance(teacher.get("model"), str):
+        problems.append(
+            "teacher.model is missing: name a folder or Hugging Face id, or pass --set teacher.model=FOLDER."
+        )
+    else:
+        problems += [f"teacher.{k} is unknown.{nearest(str(k), _TEACHER)}" for k in teacher if k not in _TEACHER]
+    listed = raw.get("steps")
+    if not isinstance(listed, list) or not listed:
+        problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(ORDER)}).")
+        return []
+    steps = [step for i, entry in enumerate(listed) if (step := _step(i, entry, problems)) is not None]
+    for before, after in itertools.pairwise(steps):
+        if ORDER[after.name] < ORDER[before.name]:
+            problems.append(
+                f"steps: {after.name} after {before.name} makes no sense "
+                f"(order: prune and distill, then quantize, export, validate). Move {after.name} up."
+            )
+    for name in ("quantize", "export", "validate"):
+        if sum(step.name == name for step in steps) > 1:
+            problems.append(f"steps: {name} stands more than once; give it variants or more formats instead.")
+    if any(s.name == "validate" for s in steps) and not any(s.name == "export" for s in steps):
+        problems.append("steps: validate needs an export before it.")
+    return steps
+
+
+def _step(index: int, entry: Any, problems: list[str]) -> StepSpec | None:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        problems.append(f"steps[{index}]: found {entry!r}, needed one step name with its options.")
+        return None
+    name, values = next(iter(entry.items()))
+    if name not in ORDER:
+        problems.append(f"steps[{index}].{name} is unknown.{nearest(str(name), list(ORDER))}")
+        return None
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        problems.append(f"steps[{index}].{name}: found {values!r}, needed keys and values.")
+        return None
+    has_variants = name == "quantize" and bool(values) and all(isinstance(v, Mapping) for v in values.values())
+    if has_variants and any(not str(v).replace("-", "").replace("_", "").isalnum() for v in values):
+        problems.append(
+            f"steps[{index}].{name}: variant names are letters, digits, - and _; found {', '.join(values)}."
+        )
+    return StepSpec(str(name), {str(v): o for v, o in values.items()} if has_variants else {None: values})
+
+
+def parse_overrides(settings: Iterable[str]) -> list[tuple[list[str], Any]]:
+    """Return (dotted key, YAML value) for each `key=value`.
+
+    >>> parse_overrides(["distill.tokens=20M", "data.train=[a.txt]"])
+    [(['distill', 'tokens'], '20M'), (['data', 'train'], ['a.txt'])]
+    """
+    parsed = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip(".") or ".." in key:
+            raise RecipeError(f"--set {setting}: found no key=value. Example: --set distill.tokens=20M")
+        parsed.append((key.strip().split("."), _read_yaml(value, f"--set {key}")))
+    return parsed
+
+
+def _with_overrides(raw: Mapping[str, Any], overrides: list[tuple[list[str], Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = _copied(raw)
+    for keys, value in overrides:
+        node: Any = merged
+        path = list(keys)
+        if path[0] in ORDER:
+            node, path = _find_step(merged, path[0], ".".join(keys)), path[1:]
+            if not path:
+                raise RecipeError(f"--set {'.'.join(keys)}: name an option too, as in {keys[0]}.OPTION=VALUE.")
+        for key in path[:-1]:
+            if not isinstance(node, dict):
+                raise RecipeError(f"--set {'.'.join(keys)}: {key} has no keys below it.")
+            node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {'.'.join(keys)}: {path[-1]} cannot be set below a plain value.")
+        node[path[-1]] = value
+    return merged
+
+
+def _find_step(merged: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    listed = merged.get("steps")
+    found = [e for e in listed if isinstance(e, dict) and name in e] if isinstance(listed, list) else []
+    if len(found) != 1:
+        raise RecipeError(f"--set {key}: the recipe has {len(found)} steps named {name}, needed exactly one.")
+    if found[0][name] is None:
+        found[0][name] = {}
+    step: dict[str, Any] = found[0][name]
+    return step
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    return value

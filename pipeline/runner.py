@@ -1,0 +1,299 @@
+"""Run a recipe: every step from its cached or fresh input, measured as it was stored, told in one report.
+
+Each step's model is saved first, loaded back and then measured, so a number in the report is a number of the
+checkpoint on disk and `dwindle evaluate` gives it again. After `quantize` with variants, the line has several ends;
+an export takes the first variant that its runtime can carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dwindle import devices, distill, export, prune, quantize
+from dwindle.bundle import ModelBundle
+from dwindle.clock import StepClock
+from dwindle.data import TokenSets, build_token_sets
+from dwindle.measure import Meter
+from dwindle.pipeline.environment import environment
+from dwindle.pipeline.export_plan import ExportPlan, planned_exports
+from dwindle.pipeline.recipe import Recipe, StepSpec
+from dwindle.pipeline.run_folder import RunFolder
+from dwindle.pipeline.step_keys import code_sha256, plain, profile_sha256
+from dwindle.pipeline.summary import artifact_line, step_line
+from dwindle.pipeline.write_reports import write_reports
+from dwindle.report import Artifact, Measurement, Report, Skipped, StepRecord, TargetVerdict
+from dwindle.storage import atomic_file, hash_folder, hash_json, require_space
+
+__all__ = ["run"]
+
+_LOG = logging.getLogger("dwindle")
+Notify = Callable[[str], None]
+
+
+@dataclass
+class _Stage:
+    """One end of the line: a stored model, what was measured of it, and the bundle once someone needs it."""
+
+    path: Path | None
+    sha256: str
+    measurement: Measurement
+    variant: str | None = None
+    bundle: ModelBundle | None = None
+
+    def loaded(self, torch_device: str) -> ModelBundle:
+        if self.bundle is None:
+            assert self.path is not None
+            self.bundle = ModelBundle.load(self.path, torch_device=torch_device)
+        return self.bundle
+
+
+def run(recipe: Recipe, output: Path | str, *, torch_device: str = "cpu", notify: Notify | None = None) -> Report:
+    """Run `recipe` into the folder `output` and return its report (also written there).
+
+    Finished steps whose key is unchanged are taken over; a training that was cut off goes on from its last
+    checkpoint. Gates that fail stand in the report (`exit_code` 1), errors of the user raise DwindleError.
+    """
+    folder = RunFolder(Path(output))
+    with folder.locked({"teacher": recipe.teacher}):
+        line = _Line(recipe, folder, torch_device, notify or (lambda message: None))
+        return line.run()
+
+
+class _Line:
+    """The state of one run: the teacher, the data, the ends of the line, the report so far."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, torch_device: str, notify: Notify) -> None:
+        self.recipe, self.folder, self.device, self.notify = recipe, folder, torch_device, notify
+        self.exports = planned_exports(recipe)
+        notify(f"teacher: {recipe.teacher}")
+        self.teacher = ModelBundle.load(
+            recipe.teacher, trust_remote_code=recipe.trust_remote_code, torch_device=torch_device
+        )
+        self._check_space()
+        notify("data: tokenising and packing")
+        self.data: TokenSets = build_token_sets(recipe.data, self.teacher.tokenizer, self.teacher.anatomy.context)
+        if self.data.held_out_text is not None:  # what `dwindle evaluate --text` needs to give the numbers again
+            with atomic_file(self.folder.path / "data" / "evaluation.txt") as place:
+                place.write_text(self.data.held_out_text, encoding="utf-8", newline="")
+        self.meter = Meter(self.data.evaluation, self.teacher)
+        self.data_sha256 = {s.role: s.sha256 for s in (self.data.train, self.data.calibration, self.data.evaluation)}
+        self.report = Report(
+            environment=environment(torch_device),
+            inputs={
+                "teacher": {"model": recipe.teacher, "sha256": self.teacher.content_sha256},
+                "data": self._data_card(),
+                "seed": recipe.seed,
+                "recipe": recipe.name,
+            },
+        )
+
+    def _check_space(self) -> None:
+        size = self.teacher.size().bytes
+        require_space(self.folder.path, 4 * size * (len(self.recipe.steps) + 2))
+
+    def _data_card(self) -> dict[str, Any]:
+        sets = (self.data.train, self.data.calibration, self.data.evaluation)
+        return {
+            s.role: {
+                "source": s.source,
+                "tokens": s.tokens,
+                "bytes": s.text_bytes,
+                "sha256": s.sha256,
+                "licence": s.licence,
+            }
+            for s in sets
+        }
+
+    def run(self) -> Report:
+        self.folder.log("start", recipe=self.recipe.name, data=self.data_sha256)
+        ends = [self._measured_teacher()]
+        float_end = ends[0]
+        artifacts: list[tuple[Artifact, Path]] = []
+        for index, step in enumerate(self.recipe.steps):
+            if step.name == "export":
+                artifacts = self._export(index, ends, float_end)
+            elif step.name == "validate":
+                self._validate(index, artifacts)
+            else:
+                ends = [self._transform(index, step, variant, end) for end in ends for variant in step.variants]
+                if step.name != "quantize":
+                    float_end = ends[0]
+        self._forget_stale_steps()
+        write_reports(self.report, self.recipe, self.folder.path)
+        self.folder.log("end", exit_code=self.report.exit_code)
+        return self.report
+
+    # -- steps that give a model ---------------------------------------------------------------------------------
+
+    def _key(self, name: str, variant: str | None, options: Any, inputs: Mapping[str, Any], *rooms: str) -> str:
+        return hash_json(
+            {
+                "step": name,
+                "variant": variant,
+                "options": plain(options),
+                "inputs": dict(inputs),
+                "data": self.data_sha256,
+                "teacher": self.teacher.content_sha256,
+                "seed": self.recipe.seed,
+                "device": self.device.split(":")[0],
+                "code": code_sha256("data", *rooms),
+            }
+        )
+
+    def _measured_teacher(self) -> _Stage:
+        place = self.folder.step_folder(0, "teacher", None)
+        key = self._key("teacher", None, {}, {})
+        entry = self.folder.cached(place, key)
+        if entry is None:
+            self.notify("teacher: measuring")
+            measured = self.meter.measure(self.teacher)
+            entry = self.folder.store(place, key, lambda _: {"measurement": measured.to_json()})
+        return _Stage(None, self.teacher.content_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
+
+    def _transform(self, index: int, step: StepSpec, variant: str | None, source: _Stage) -> _Stage:
+        options = self.recipe.options[index, variant]
+        label = step.name + (f" ({variant})" if variant else "")
+        place = self.folder.step_folder(index + 1, step.name, variant)
+        key = self._key(step.name, variant, options, {"model": source.sha256}, step.name)
+        entry = self.folder.cached(place, key)
+        if entry is not None:
+            self.notify(f"{label}: unchanged, taken over")
+        else:
+            self.notify(f"{label}: running")
+            entry = self._fresh(step, variant, options, source, place, key)
+        record = StepRecord.from_json(entry["record"])
+        self.report = self.report.adding(steps=(record,))
+        self.notify(f"{label}: {step_line(record)}")
+        return _Stage(place / "model", entry["sha256"], record.after, variant or source.variant)
+
+    def _fresh(
+        self, step: StepSpec, variant: str | None, options: Any, source: _Stage, place: Path, key: str
+    ) -> dict[str, Any]:
+        work = self.folder.work_folder(key)
+        with StepClock() as clock:
+            bundle, record = self._call(step.name, source.loaded(self.device), options, work)
+
+        def fill(partial: Path) -> dict[str, Any]:
+            bundle.save(partial / "model")
+            stored = ModelBundle.load(partial / "model", torch_device=self.device)
+            after = self.meter.measure(stored)
+            whole = replace(
+                record,
+                skipped=record.skipped + _regression(step.name, source.measurement, after),
+                variant=variant,
+                before=source.measurement,
+                after=after,
+                seconds=clock.seconds,
+                peak_rss_bytes=clock.peak_rss_bytes,
+            )
+            return {"sha256": stored.content_sha256, "record": whole.to_json()}
+
+        entry = self.folder.store(place, key, fill)
+        shutil.rmtree(work, ignore_errors=True)
+        self.folder.log(
+            "step",
+            name=step.name,
+            variant=variant,
+            key=key,
+            seconds=round(clock.seconds, 3),
+            after=entry["record"]["after"],
+        )
+        return entry
+
+    def _call(self, name: str, bundle: ModelBundle, options: Any, work: Path) -> tuple[ModelBundle, StepRecord]:
+        if name == "prune":
+            return prune.run(bundle, options, self.data.calibration)
+        if name == "distill":
+            return distill.run(bundle, options, teacher=self.teacher, train=self.data.train, folder=work)
+        return quantize.run(bundle, options, self.data.calibration)
+
+    # -- export and validate -------------------------------------------------------------------------------------
+
+    def _export(self, index: int, ends: list[_Stage], float_end: _Stage) -> list[tuple[Artifact, Path]]:
+        by_variant = {end.variant: end for end in ends}
+        found: list[tuple[Artifact, Path]] = []
+        for plan in self.exports:
+            source = float_end if plan.is_float else by_variant[plan.variant]
+            place = self.folder.path / "export" / plan.folder
+            record = self.folder.step_folder(index + 1, "export", plan.folder.replace("/", "-"))
+            key = self._key("export", plan.folder, plan.options, {"model": source.sha256}, "export")
+            entry = self.folder.cached(record, key)
+            if entry is not None and place.exists() and hash_folder(place) == entry["artifact"]["sha256"]:
+                self.notify(f"export {plan.folder}: unchanged, taken over")
+            else:
+                self.notify(f"export {plan.folder}: running")
+                entry = self._fresh_export(plan, source, place, record, key)
+            artifact = Artifact.from_json(entry["artifact"])
+            self.report = self.report.adding(artifacts=(artifact,))
+            self.notify(f"export {plan.folder}: {artifact_line(artifact)}")
+            found.append((artifact, place))
+        return found
+
+    def _fresh_export(self, plan: ExportPlan, source: _Stage, place: Path, record: Path, key: str) -> dict[str, Any]:
+        with StepClock() as clock:
+            bundle = source.loaded(self.device)
+            made = export.run(bundle, plan.options, place.parent, evaluation=self.data.evaluation)[0]
+        artifact = replace(
+            made,
+            path=place.relative_to(self.folder.path).as_posix(),
+            variant="float" if plan.is_float else plan.variant,
+        )
+        body = {
+            "artifact": dataclasses.asdict(artifact),
+            "seconds": clock.seconds,
+            "peak_rss_bytes": clock.peak_rss_bytes,
+        }
+        self.folder.log("export", format=made.format, variant=artifact.variant, seconds=round(clock.seconds, 3))
+        return self.folder.store(record, key, lambda _: body)
+
+    def _validate(self, index: int, artifacts: list[tuple[Artifact, Path]]) -> None:
+        options = self.recipe.options[index, None]
+        profiles = {name: profile_sha256(name) for name in options.targets}
+        inputs = {"artifacts": {a.path: a.sha256 for a, _ in artifacts}, "profiles": profiles}
+        key = self._key("validate", None, options, inputs, "devices")
+        place = self.folder.step_folder(index + 1, "validate", None)
+        entry = self.folder.cached(place, key)
+        if entry is None:
+            self.notify("validate: estimating for the targets, measuring on this host")
+            verdicts, skipped = devices.run(options, artifacts)
+            entry = self.folder.store(
+                place,
+                key,
+                lambda _: {
+                    "targets": [dataclasses.asdict(v) for v in verdicts],
+                    "skipped": [dataclasses.asdict(s) for s in skipped],
+                },
+            )
+        self.report = self.report.adding(
+            targets=tuple(TargetVerdict.from_json(t) for t in entry["targets"]),
+            skipped=tuple(Skipped(**s) for s in entry["skipped"]),
+        )
+
+    def _forget_stale_steps(self) -> None:
+        """Remove step folders of an earlier recipe that this run did not use: the folder tells one story."""
+        steps = self.folder.path / "steps"
+        names = {(f"{i + 1:02d}", s.name) for i, s in enumerate(self.recipe.steps)} | {("00", "teacher")}
+        for child in steps.iterdir() if steps.exists() else ():
+            number, _, rest = child.name.partition("-")
+            if not any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names):
+                shutil.rmtree(child)
+
+
+def _regression(name: str, before: Measurement, after: Measurement) -> tuple[Skipped, ...]:
+    """Return a line for the report if a training step left the model further from the teacher than it found it."""
+    if name != "distill" or before.kl_nats_per_token is None or after.kl_nats_per_token is None:
+        return ()
+    if after.kl_nats_per_token <= before.kl_nats_per_token:
+        return ()
+    told = (
+        f"KL to the teacher rose from {before.kl_nats_per_token:.4f} to {after.kl_nats_per_token:.4f} "
+        "on the evaluation text; train on more tokens, with a lower rate, or with forward_kl"
+    )
+    _LOG.warning("%s made the model worse: %s", name, told)
+    return (Skipped(f"an improvement by {name}", told),)

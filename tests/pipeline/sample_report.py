@@ -1,0 +1,58 @@
+"""A report with everything in it: variants, a parity miss on request, estimates and measurements, layers."""
+
+from __future__ import annotations
+
+from dwindle.report import Artifact, Measurement, Metric, Parity, Report, Skipped, StepRecord, TargetVerdict
+
+
+def measurement(parameters: int, stored: int, nats: float | None, agreement: float | None = None) -> Measurement:
+    return Measurement(
+        parameters, stored, 8 * stored / parameters, 4.0, 8.0, nats, nats and nats / 2, nats and 0.1, agreement
+    )
+
+
+TEACHER = measurement(4_000_000, 8_000_000, 1.4, 1.0)
+PRUNED = measurement(2_500_000, 5_000_000, 2.5, 0.5)
+DISTILLED = measurement(2_500_000, 5_000_000, 1.5, 0.92)
+PALETTES = measurement(2_500_000, 1_300_000, 1.52, 0.89)
+INTEGERS = measurement(2_500_000, 1_400_000, 1.53, 0.91)
+LAYERS = {
+    f"model.layers.{i}.mlp.{part}_proj": {"bits": 4.5, "bytes": 4500, "parameters": 8000, "format": "int4"}
+    for i in range(2)
+    for part in ("gate", "up", "down")
+}
+
+
+def sample_report(*, passed: bool = True, name: str = "prune", speed: float = 800.0) -> Report:
+    steps = (
+        StepRecord(name, TEACHER, PRUNED, None, 4.2, 800_000_000),
+        StepRecord("distill", PRUNED, DISTILLED, None, 184.0, 900_000_000),
+        StepRecord("quantize", DISTILLED, PALETTES, "apple", 12.0, 900_000_000, {"layers": LAYERS}),
+        StepRecord("quantize", DISTILLED, INTEGERS, "onnx", 3.0, 900_000_000, {"layers": LAYERS}),
+    )
+    parity = Parity(3e-5 if passed else 2.0, 1e-9, 1.0, 160, "onnxruntime 1.31", passed)
+    onnx = Artifact(
+        "onnx", "export/onnx", 1_500_000, "ab" * 32, parity, "onnx", {"onnx": "1.23"}, "any", {"layers": LAYERS}
+    )
+    coreml = Artifact("coreml", "export/coreml", 1_400_000, "cd" * 32, None, "apple", minimum_os="iOS 18")
+    estimated = (
+        Metric("tokens_per_second", 400.0, "tokens/s", "estimated", ">= 30 tokens/s", True, 200.0, 600.0),
+        Metric("peak_memory_bytes", 26e6, "bytes", "estimated", None, None, 10e6, 50e6),
+        Metric("battery_share", None, "share", "published"),
+    )
+    measured = (
+        Metric("tokens_per_second", speed, "tokens/s", "measured", ">= 30 tokens/s", speed >= 30, speed, speed),
+        Metric("time_to_first_token_seconds", 0.021, "seconds", "measured"),
+    )
+    targets = (
+        TargetVerdict("iphone-15-pro", estimated, "apple", "export/coreml"),
+        TargetVerdict("host", measured, "onnx", "export/onnx"),
+    )
+    inputs = {
+        "teacher": {"model": "org/teacher-4m", "sha256": "ef" * 32},
+        "data": {"train": {"source": "/home/someone/stories.txt", "tokens": 12_000_000, "licence": "CC-BY-4.0"},
+                 "evaluation": {"source": "org/held-out", "tokens": 120_000, "licence": None}},
+        "seed": 0,
+    }  # fmt: skip
+    skipped = (Skipped("coreml on host", "no runtime"),)
+    return Report(steps, (onnx, coreml), targets, skipped, {"dwindle": "0.1.0", "packages": {"torch": "2.13"}}, inputs)

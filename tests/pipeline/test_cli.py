@@ -1,0 +1,204 @@
+"""The command line: every command from its help, exit codes, nonsense, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dwindle.pipeline.cli import COMMANDS, main
+
+
+def invoke(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return int(end.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = invoke(capsys, command, "--help")
+    assert code == 0
+    assert "Usage: dwindle" in out
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke(capsys, "quantise")
+    assert code == 2
+    assert "Did you mean quantize?" in err
+
+
+def test_each_step_by_hand(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
+    """prune, distill, quantize, export, evaluate: what a recipe does, one command at a time."""
+    train, teacher = workshop / "train.txt", workshop / "teacher"
+    code, out, _ = invoke(
+        capsys, "prune", "-m", teacher, "-o", tmp_path / "p", "--keep", "ffn=0.5", "-d", train, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["after"]["parameters"] < json.loads(out)["before"]["parameters"]
+    code, out, _ = invoke(capsys, "distill", "-t", teacher, "-m", tmp_path / "p", "-d", train, "-o", tmp_path / "d",
+                          "--loss", "top1_blend=0.9", "--tokens", "2k", "--batch-size", "4")  # fmt: skip
+    assert code == 0
+    assert "Written" in out
+    code, out, _ = invoke(
+        capsys, "quantize", "-m", tmp_path / "d", "-o", tmp_path / "q", "--scheme", "integer", "--bits", "4"
+    )
+    assert code == 0
+    code, out, _ = invoke(capsys, "export", "-m", tmp_path / "q", "-o", tmp_path / "x", "--format", "onnx", "--json")
+    assert code == 0
+    assert json.loads(out)["artifacts"][0]["parity"]["passed"]
+    numbers = []
+    for model in (tmp_path / "q", tmp_path / "x" / "onnx"):
+        code, out, _ = invoke(
+            capsys, "evaluate", "-m", model, "--text", workshop / "valid.txt", "--reference", teacher, "--json"
+        )
+        assert code == 0
+        numbers.append(json.loads(out)["kl_nats_per_token"])
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
+    code, out, _ = invoke(capsys, "bench", tmp_path / "x" / "onnx", "--repeats", "1", "--decode-tokens", "4", "--json")
+    assert code == 0
+    assert {m["basis"] for m in json.loads(out)["metrics"]} == {"measured"}
+
+
+def test_prune_plans_before_it_cuts(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
+    words = [
+        "prune",
+        "-m",
+        workshop / "teacher",
+        "-o",
+        tmp_path / "a",
+        "--keep",
+        "ffn=0.5",
+        "-d",
+        workshop / "train.txt",
+    ]
+    code, plan, _ = invoke(capsys, *words, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "plan.json").write_text(plan)
+    invoke(capsys, *words)
+    invoke(capsys, "prune", "-m", workshop / "teacher", "-o", tmp_path / "b", "--plan", tmp_path / "plan.json")
+    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_run_shows_its_plan(capsys: pytest.CaptureFixture[str], small_run: Path, tmp_path: Path) -> None:
+    code, out, _ = invoke(capsys, "run", small_run / "recipe.yaml", "-o", tmp_path / "none", "--dry-run")
+    assert code == 0
+    assert "2. distill" in out
+    assert "export/float/onnx from the float model" in out
+    assert not (tmp_path / "none").exists()
+
+
+def test_report_compare_and_validate_read_a_run(
+    capsys: pytest.CaptureFixture[str], small_run: Path, tmp_path: Path
+) -> None:
+    code, out, _ = invoke(capsys, "report", small_run)
+    assert code == 0
+    assert "nats/token" in out
+    code, out, _ = invoke(capsys, "compare", small_run, small_run, "--max-regression", "1%")
+    assert code == 0
+    code, _, err = invoke(capsys, "validate", small_run, "--target", "pixel-9", "--budget", "memory <= 1kB", "--junit",
+                          tmp_path / "j.xml")  # fmt: skip
+    assert code == 1
+    assert "peak_memory_bytes" in err
+    assert "<failure" in (tmp_path / "j.xml").read_text()
+    code, _, err = invoke(capsys, "validate", small_run, "--target", "pixel-9", "--require", "measured", "--budget",
+                          "tokens_per_second >= 1")  # fmt: skip
+    assert code == 1
+
+
+def test_doctor_looks_at_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "doctor", "--json")
+    assert code in (0, 1)
+    assert "torch" in out
+
+
+NONSENSE = {
+    "no model": (["evaluate", "-m", "{empty}", "--text", "{valid}"], "config.json"),
+    "no such model": (["evaluate", "-m", "{tmp}/none", "--text", "{valid}"], "none"),
+    "family not in the table": (["prune", "-m", "{alien}", "-o", "{out}", "--keep", "ffn=0.5"], "Supported"),
+    "pickle": (["quantize", "-m", "{pickle}", "-o", "{out}", "--scheme", "integer"], "pickle"),
+    "truncated weights": (["quantize", "-m", "{truncated}", "-o", "{out}", "--scheme", "integer"], "truncated"),
+    "empty text": (["evaluate", "-m", "{teacher}", "--text", "{tmp}/empty.txt"], "empty"),
+    "binary text": (["evaluate", "-m", "{teacher}", "--text", "{tmp}/binary.txt"], "binary"),
+    "missing text": (["prune", "-m", "{teacher}", "-o", "{out}", "--keep", "ffn=0.5", "-d", "{tmp}/no.txt"], "no.txt"),
+    "bad share": (["prune", "-m", "{teacher}", "-o", "{out}", "--keep", "ffn=7", "-d", "{valid}"], "ffn_keep"),
+    "bad keep": (["prune", "-m", "{teacher}", "-o", "{out}", "--keep", "heads"], "ffn=SHARE"),
+    "keep and plan": (["prune", "-m", "{teacher}", "-o", "{out}"], "either --keep"),
+    "unknown scheme": (["quantize", "-m", "{teacher}", "-o", "{out}", "--scheme", "magic"], "magic"),
+    "no such bits": (["quantize", "-m", "{teacher}", "-o", "{out}", "--scheme", "palettize", "--bits", "5"], "5"),
+    "quantize twice": (["quantize", "-m", "{quantized}", "-o", "{out}", "--scheme", "integer"], "quantized already"),
+    "prune after quantize": (["prune", "-m", "{quantized}", "-o", "{out}", "--keep", "ffn=0.5", "-d", "{train}"], "quantize"),
+    "palettes to ONNX": (["export", "-m", "{palettized}", "-o", "{out}", "--format", "onnx"], "palett"),
+    "unknown format": (["export", "-m", "{teacher}", "-o", "{out}", "--format", "gguf"], "gguf"),
+    "unknown recipe key": (["run", "{recipe}", "-o", "{out}", "--set", "prune.ffn_kep=1"], "Did you mean ffn_keep?"),
+    "output holds something": (["prune", "-m", "{teacher}", "-o", "{tmp}", "--keep", "ffn=0.5", "-d", "{train}"], "holds"),
+    "run into a foreign folder": (["run", "{recipe}", "-o", "{tmp}"], "holds no dwindle run"),
+    "no run": (["report", "{tmp}"], "report.json"),
+    "no artifact": (["bench", "{teacher}"], "model.onnx"),
+    "unknown target": (["validate", "{run}", "--target", "iphone-99"], "iphone-99"),
+    "unknown budget": (["validate", "{run}", "--target", "pixel-9", "--budget", "tokns >= 3"], "no metric"),
+    "unknown place to bench": (["bench", "{run}/export/onnx", "--on", "moon"], "moon"),
+    "bad percent": (["compare", "{run}", "{run}", "--max-regression", "much"], "much"),
+    "bad number": (["evaluate", "-m", "{teacher}", "--text", "{valid}", "--tokens", "few"], "few"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shelf(workshop: Path, small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of nonsense, and of good things at the wrong place."""
+    tmp = tmp_path_factory.mktemp("shelf")
+    (tmp / "empty").mkdir()
+    (tmp / "empty.txt").write_text("")
+    (tmp / "binary.txt").write_bytes(b"\x00\x01\xff" * 100)
+    for name in ("alien", "pickle", "truncated"):
+        shutil.copytree(workshop / "teacher", tmp / name)
+    config = json.loads((tmp / "alien" / "config.json").read_text())
+    (tmp / "alien" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    (tmp / "pickle" / "model.safetensors").rename(tmp / "pickle" / "pytorch_model.bin")
+    weights = tmp / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    steps = small_run / "steps"
+    return {"tmp": tmp, "empty": tmp / "empty", "alien": tmp / "alien", "pickle": tmp / "pickle", "truncated": tmp / "truncated",
+            "teacher": workshop / "teacher", "valid": workshop / "valid.txt", "train": workshop / "train.txt",
+            "quantized": steps / "03-quantize-onnx" / "model", "palettized": steps / "03-quantize-apple" / "model",
+            "recipe": small_run / "recipe.yaml", "run": small_run}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(NONSENSE))
+def test_nonsense_ends_with_code_2_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], shelf: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    words, told = NONSENSE[case]
+    before = sorted(shelf["tmp"].rglob("*"))
+    code, _, err = invoke(capsys, *(w.format(out=tmp_path / "out", **shelf) for w in words))
+    assert code == 2, err
+    assert told in err
+    assert sorted(shelf["tmp"].rglob("*")) == before
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("command", ["run", "quantize"])
+def test_a_full_disk_is_told_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str],
+    shelf: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr("dwindle.storage.shutil.disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=0))
+    words = {
+        "run": ["run", shelf["recipe"], "-o", tmp_path / "out"],
+        "quantize": ["quantize", "-m", shelf["teacher"], "-o", tmp_path / "out", "--scheme", "integer"],
+    }[command]
+    code, _, err = invoke(capsys, *words)
+    assert code == 2
+    assert "0 are free" in err
+    assert not list(tmp_path.rglob("*.safetensors"))

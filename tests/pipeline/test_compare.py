@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dwindle.errors import RecipeError
+from dwindle.pipeline.compare import Comparison, Row, compare_reports, parse_percent
+from dwindle.report import Report, TargetVerdict
+
+from .sample_report import sample_report
+
+
+def row(comparison: Comparison, what: str, name: str) -> Row:
+    return next(r for r in comparison.rows if (r.what, r.name) == (what, name))
+
+
+def with_final_nats(report: Report, nats: float | None) -> Report:
+    last = report.steps[-1]
+    return replace(report, steps=(*report.steps[:-1], replace(last, after=replace(last.after, nats_per_token=nats))))
+
+
+def test_a_run_equals_itself() -> None:
+    same = compare_reports(sample_report(), sample_report(), 0.0)
+    assert same.exit_code == 0
+    assert all(r.worse in (0.0, None) for r in same.rows)
+    json.dumps(same.to_json(), allow_nan=False)
+
+
+def test_regressions_beyond_the_limit_fail() -> None:
+    report = sample_report()
+    worse = with_final_nats(report, 1.53 * 1.03)
+    assert compare_reports(report, worse).failures == ()
+    assert compare_reports(report, worse, 0.05).failures == ()
+    (line,) = compare_reports(report, worse, 0.02).failures
+    assert line == "quantize (onnx): nats_per_token 1.53 -> 1.576, 3.0% worse (allowed 2.0%)"
+    assert compare_reports(worse, report, 0.02).exit_code == 0
+
+
+def test_speed_is_better_when_higher() -> None:
+    fast, slow = sample_report(speed=800), sample_report(speed=700)
+    assert row(compare_reports(fast, slow), "host, export/onnx", "tokens_per_second").worse == pytest.approx(0.125)
+    assert "tokens_per_second" in compare_reports(fast, slow, 0.1).failures[0]
+    assert compare_reports(slow, fast, 0.0).exit_code == 0
+
+
+def test_steps_on_the_way_kl_and_times_are_not_judged() -> None:
+    report = sample_report()
+    prune = report.steps[0]
+    after = replace(prune.after, nats_per_token=9.0)
+    other = replace(report, steps=(replace(prune, after=after, seconds=900.0), *report.steps[1:]))
+    assert compare_reports(report, other, 0.0).failures == ()
+
+
+def test_a_number_that_disappeared_fails() -> None:
+    report = sample_report()
+    assert "not known any more" in compare_reports(report, with_final_nats(report, None), 0.5).failures[0]
+    lines = compare_reports(
+        report, replace(report, steps=report.steps[:3], artifacts=report.artifacts[:1]), 0.5
+    ).failures
+    assert any(line.startswith("quantize (onnx): bytes was") for line in lines)
+    assert any(line.startswith("artifact export/coreml: bytes was") for line in lines)
+
+
+def test_an_estimate_is_not_compared_with_a_measurement() -> None:
+    report = sample_report()
+    host = report.targets[1]
+    guessed = TargetVerdict(
+        "host", (replace(host.metrics[0], basis="estimated", value=1.0),), host.variant, host.artifact
+    )
+    found = compare_reports(report, replace(report, targets=(report.targets[0], guessed)), 0.0)
+    assert row(found, "host, export/onnx", "tokens_per_second").note == "not comparable: measured, then estimated"
+    assert not any("tokens_per_second" in line for line in found.failures)
+
+
+def test_repeated_steps_keep_their_turn() -> None:
+    report = sample_report()
+    twice = replace(report, steps=(*report.steps[:2], report.steps[1]))
+    assert {r.what for r in compare_reports(twice, twice).rows} >= {"distill", "distill #2"}
+
+
+def test_text_shows_both_sides() -> None:
+    text = compare_reports(sample_report(speed=800), sample_report(speed=400)).text()
+    assert "800 -> 400" in text
+    assert "50.0% worse" in text
+    assert compare_reports(Report(), Report()).text() == "The two runs have nothing in common."
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1%", "2 %%", "1e-2"])
+def test_percent_is_checked(text: str) -> None:
+    with pytest.raises(RecipeError, match="needed a share"):
+        parse_percent(text)
