@@ -32,8 +32,10 @@ import dwindle
 from dwindle.bundle import ModelBundle
 from dwindle.errors import OutputError
 from dwindle.model_source import quiet_transformers
+from dwindle.quantized_model import packed_specs
 from dwindle.report import Parity
 from dwindle.storage import hash_file, write_json
+from dwindle.weights import spec_bits
 
 __all__ = ["MANIFEST_FILE", "model_facts", "read_manifest", "require_artifact_place", "versions_of",
            "write_companions", "write_manifest"]  # fmt: skip
@@ -101,10 +103,10 @@ def model_facts(bundle: ModelBundle, context_length: int, kv_bytes_per_number: i
 
 def _layer_rows(bundle: ModelBundle) -> dict[str, dict[str, Any]]:
     """Return {module or parameter: row} in the model's order; a tied head stands under its embedding's name."""
-    rows, packed = {}, bundle.quantized_weights()
-    for name, weight in packed.items():
-        prefix = "palette" if weight.kind == "palettized" else "int"
-        rows[name] = _row(weight.shape[0] * weight.shape[1], weight.stored_bits, f"{prefix}{weight.bits}")
+    rows = {}
+    for name, spec in packed_specs(bundle.model).items():
+        prefix = "palette" if spec["kind"] == "palettized" else "int"
+        rows[name] = _row(spec["shape"][0] * spec["shape"][1], spec_bits(spec), f"{prefix}{spec['bits']}")
     width, kind = torch.finfo(bundle.storage_dtype).bits, str(bundle.storage_dtype).removeprefix("torch.")
     for name, parameter in bundle.model.named_parameters():
         rows[name.removesuffix(".weight")] = _row(parameter.numel(), parameter.numel() * width, kind)

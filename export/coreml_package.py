@@ -36,10 +36,11 @@ import dwindle
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError
 from dwindle.export.coreml_files import PACKAGE, WEIGHTS_FILE, fresh_names, quiet_coremltools, settle
-from dwindle.export.coreml_weights import carry_codes_pass, coreml_problems, engine_notes, packed_specs
+from dwindle.export.coreml_weights import carry_codes_pass, coreml_problems, engine_notes
 from dwindle.export.decoder import Decoder, RMSNorm, causal_bias
 from dwindle.export.kv_cache import SlicedCache
 from dwindle.export.options import ExportOptions
+from dwindle.quantized_model import packed_specs
 from dwindle.storage import folder_bytes
 from dwindle.weights import QuantizedWeight
 
@@ -194,7 +195,8 @@ def _describe(program: Any, bundle: ModelBundle, context: int) -> None:
         f"{bundle.anatomy.model_type} decoder with KV cache states, context {context:,}. Feed new tokens as input_ids "
         "[1, T] and causal_mask [1, 1, T, past + T] (0: visible, -1e4: hidden); the states keep the past."
     )
-    kinds = sorted({"{kind} {bits}-bit group {group_size}".format(**spec) for spec in packed_specs(bundle).values()})
+    specs = packed_specs(bundle.model).values()
+    kinds = sorted({"{kind} {bits}-bit group {group_size}".format(**spec) for spec in specs})
     program.user_defined_metadata.update({
         "dwindle.version": dwindle.__version__,
         "dwindle.context_length": str(context),

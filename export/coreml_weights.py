@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra, offenders
-from dwindle.quantized_model import QuantizedEmbedding, QuantizedLinear
+from dwindle.quantized_model import packed_specs
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
 
-__all__ = ["AFFINE_BITS", "PALETTE_BITS", "carry_codes_pass", "coreml_problems", "engine_notes", "packed_specs"]
+__all__ = ["AFFINE_BITS", "PALETTE_BITS", "carry_codes_pass", "coreml_problems", "engine_notes"]
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 """Widths of an index that Core ML stores."""
@@ -44,12 +44,6 @@ LARGE_STATE_BYTES = 256_000_000
 """States above this size are noted: they are allocated whole, however short the text is."""
 
 
-def packed_specs(bundle: ModelBundle) -> dict[str, dict[str, Any]]:
-    """Return module name -> spec (kind, bits, group_size, ...) of the packed weights, without unpacking any."""
-    modules = bundle.model.named_modules()
-    return {name: module.spec for name, module in modules if isinstance(module, QuantizedLinear | QuantizedEmbedding)}
-
-
 def coreml_problems(bundle: ModelBundle) -> list[str]:
     """Return one line per thing that keeps this bundle from being written here; empty is good.
 
@@ -57,7 +51,7 @@ def coreml_problems(bundle: ModelBundle) -> list[str]:
     """
     if importlib.util.find_spec("coremltools") is None:
         raise MissingExtra("Core ML export", "coreml")
-    specs, problems = packed_specs(bundle), []
+    specs, problems = packed_specs(bundle.model), []
     if tuple(int(part) for part in np.__version__.split(".")[:2]) >= NUMPY_TOO_NEW:
         problems.append(f"coreml: coremltools does not convert with numpy {np.__version__}. "
                         "Run: pip install 'numpy<2.4'")  # fmt: skip
@@ -82,7 +76,7 @@ def engine_notes(bundle: ModelBundle, context: int) -> tuple[str, ...]:
     if anatomy.head_dim % STATE_MULTIPLE:
         notes.append(f"the KV cache's last dimension is head_dim={anatomy.head_dim}, no multiple of {STATE_MULTIPLE}: "
                      "the Neural Engine is reported to refuse such states.")  # fmt: skip
-    scaled = [name for name, spec in packed_specs(bundle).items() if spec.get("row_scales")]
+    scaled = [name for name, spec in packed_specs(bundle.model).items() if spec.get("row_scales")]
     if scaled:
         notes.append(f"{len(scaled)} weights have palettes with row scales: the Neural Engine is reported to refuse "
                      "those.")  # fmt: skip

@@ -6,7 +6,6 @@ case that was met: when `package` satisfies `when`, `other` must satisfy `needs`
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from dwindle.pipeline.environment import package_versions
 
 __all__ = ["CONFLICTS", "Ability", "Conflict", "Diagnosis", "conflicts_in", "examine", "installed_versions"]
 
@@ -113,13 +114,7 @@ class Diagnosis:
 
 def installed_versions() -> dict[str, str | None]:
     """Return the version of every package that matters, None where it is not installed. Imports none of them."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return package_versions(PACKAGES)
 
 
 def conflicts_in(versions: Mapping[str, str | None]) -> tuple[Conflict, ...]:

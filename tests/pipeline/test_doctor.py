@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -68,9 +69,9 @@ def test_nothing_heavy_is_imported() -> None:
 
 def test_missing_packages_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(name: str) -> str:
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", gone)
+    monkeypatch.setattr(importlib.metadata, "version", gone)
     assert set(installed_versions().values()) == {None}
     assert not any(a.available for a in doctor._abilities(installed_versions(), is_mac=False))
     assert "torch is not installed" in examine().problems[0]
