@@ -15,6 +15,7 @@ A message says what was found, what was needed and what to do, with every offend
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "UnsupportedModel",
+    "did_you_mean",
     "offenders",
 ]
 
@@ -82,3 +84,16 @@ def offenders(names: Iterable[str], limit: int = 20) -> str:
     listed = list(names)
     shown = ", ".join(listed[:limit])
     return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the nearest valid name, or a list of all if none is near.
+
+    >>> did_you_mean("iphone-15pro", ["iphone-15-pro", "pixel-9"])
+    " (did you mean 'iphone-15-pro'?)"
+    >>> did_you_mean("toaster", ["iphone-15-pro", "pixel-9"])
+    ' (known: iphone-15-pro, pixel-9)'
+    """
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(names)})"

@@ -1,13 +1,18 @@
 """Documents to one TokenSet: how they are joined, and how the stream is cut into windows.
 
-Training and calibration: the stream of a set is
+Training: the stream of a set is
 
     [BOS] document EOS [BOS] document EOS ...      (BOS where the tokenizer adds one, EOS where it has one)
 
-with stretches of one file that continue each other joined first. A calibration window holds `context` tokens. A
-training window holds `context` + 1, the last token of one being the first of the next, so that a window predicts
-`context` tokens and each token of the stream is predicted once. Windows are shuffled by the seed; the rest of the
-stream, shorter than one window, is dropped. Evaluation: one row, the whole text tokenised once (see `core.measure`).
+with stretches of one file that continue each other joined first. A window holds `context` + 1 tokens, the last token
+of one being the first of the next, so that a window predicts `context` tokens and each token of the stream is predicted
+once.
+
+Calibration: one text, the documents with an empty line between, as evaluation reads it: a model that never saw an EOS
+inside a window (llama2.c's) would otherwise be calibrated on states it never has. A window holds `context` tokens.
+
+Windows are shuffled by the seed; the rest of the stream, shorter than one window, is dropped. Evaluation: one row, the
+whole text tokenised once (see `core.measure`).
 
 Memory: the text of the documents plus 8 bytes per token.
 """
@@ -69,7 +74,7 @@ def pack(
     """
     source = _source_of(documents)
     overlap = 1 if role == "train" else 0
-    stream = _stream(documents, tokenizer)
+    stream = _stream(_running(documents) if role == "calibration" else documents, tokenizer)
     count = (len(stream) - overlap) // context
     if count < 1:
         raise DataError(
@@ -118,6 +123,14 @@ def _token_set(
         tokenizer_sha256=identity,
         document_sha256=frozenset(map(document_sha256, documents)),
     )
+
+
+def _running(documents: Sequence[Document]) -> list[Document]:
+    """Return the documents as one: each but the first continues the one before it, behind an empty line."""
+    return [
+        document if index == 0 or document.continues else Document(f"\n\n{document.text}", document.source, True)
+        for index, document in enumerate(documents)
+    ]
 
 
 def _pieces(documents: Sequence[Document]) -> Iterator[tuple[str, bool]]:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwindle.devices.cost_model import METRIC_UNITS
-from dwindle.devices.near_names import did_you_mean
 from dwindle.devices.quantity import DIMENSIONS
-from dwindle.errors import RecipeError
+from dwindle.errors import RecipeError, did_you_mean
 
 __all__ = ["Budget", "parse_budgets"]
 

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwindle.devices.near_names import did_you_mean
 from dwindle.devices.quantity import Quantity, read_quantity
-from dwindle.errors import RecipeError
+from dwindle.errors import RecipeError, did_you_mean
 from dwindle.storage import write_text
 
 __all__ = [

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dwindle.devices.near_names import did_you_mean
+from dwindle.errors import did_you_mean
 
 __all__ = ["DIMENSIONS", "TRUST_SPREAD", "Dimension", "Quantity", "Side", "Trust", "read_quantity"]
 

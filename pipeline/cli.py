@@ -56,9 +56,9 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command for the first word; an unknown one is answered with the nearest."""
         if args and args[0] not in COMMANDS:
-            from dwindle.pipeline.option_values import nearest
+            from dwindle.errors import did_you_mean
 
-            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], list(COMMANDS))}")
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}.")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

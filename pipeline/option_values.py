@@ -8,30 +8,17 @@ error that names the nearest key. Nothing in a recipe can name code: only the fi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dwindle.errors import DwindleError
+from dwindle.errors import DwindleError, did_you_mean
 
-__all__ = ["fill", "nearest", "parse_count"]
+__all__ = ["fill", "parse_count"]
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ` Did you mean ...?` for a close known word, else the list of known words.
-
-    >>> nearest("ffn_kep", ["ffn_keep", "method"])
-    ' Did you mean ffn_keep?'
-    >>> nearest("zzz", ["a", "b"])
-    ' Known: a, b.'
-    """
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
 def parse_count(value: object) -> float:
@@ -64,7 +51,7 @@ def fill(kind: type[Any], values: Mapping[str, Any], where: str, problems: list[
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            problems.append(f"{where}.{key} is unknown.{nearest(str(key), list(fields))}")
+            problems.append(f"{where}.{key} is unknown{did_you_mean(str(key), fields)}.")
             continue
         try:
             converted[str(key)] = _convert(hints[str(key)], value, f"{where}.{key}", problems)

@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from dwindle.errors import RecipeError
-from dwindle.pipeline.option_values import fill, nearest
+from dwindle.errors import RecipeError, did_you_mean
+from dwindle.pipeline.option_values import fill
 
 __all__ = ["ORDER", "Recipe", "StepSpec", "parse_overrides"]
 
@@ -167,7 +167,7 @@ def _seeded(kind: type[Any], values: Any, seed: Any) -> Any:
 
 
 def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
-    problems += [f"{key} is unknown.{nearest(str(key), _TOP)}" for key in raw if key not in _TOP]
+    problems += [f"{key} is unknown{did_you_mean(str(key), _TOP)}." for key in raw if key not in _TOP]
     if raw.get("version") != 1:
         problems.append(f"version: found {raw.get('version')!r}, needed 1.")
     teacher = raw.get("teacher")
@@ -176,7 +176,7 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
             "teacher.model is missing: name a folder or Hugging Face id, or pass --set teacher.model=FOLDER."
         )
     else:
-        problems += [f"teacher.{k} is unknown.{nearest(str(k), _TEACHER)}" for k in teacher if k not in _TEACHER]
+        problems += [f"teacher.{k} is unknown{did_you_mean(str(k), _TEACHER)}." for k in teacher if k not in _TEACHER]
     listed = raw.get("steps")
     if not isinstance(listed, list) or not listed:
         problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(ORDER)}).")
@@ -204,7 +204,7 @@ def _step(index: int, entry: Any, problems: list[str]) -> StepSpec | None:
         return None
     name, values = next(iter(entry.items()))
     if name not in ORDER:
-        problems.append(f"steps[{index}].{name} is unknown.{nearest(str(name), list(ORDER))}")
+        problems.append(f"steps[{index}].{name} is unknown{did_you_mean(str(name), ORDER)}.")
         return None
     values = {} if values is None else values
     if not isinstance(values, Mapping):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dwindle.data import DataOptions, build_token_sets, calibration_set, evaluation_set, training_set
-from dwindle.data.packing import pack
+from dwindle.data.packing import joined_text, pack
 from dwindle.data.sources import Document
 from dwindle.errors import DataError, RecipeError
 from dwindle.tokenization import encode
@@ -26,11 +26,18 @@ def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(row) for row in ids.tolist()]
 
 
-def test_the_stream_is_bos_document_eos(tiny_tokenizer: Any) -> None:
+def test_the_training_stream_is_bos_document_eos(tiny_tokenizer: Any) -> None:
     documents = [Document("ab", "f"), Document("cd", "f", continues=True), Document("e", "g")]
-    found = pack(documents, tiny_tokenizer, role="calibration", context=9, seed=0)
+    found = pack(documents, tiny_tokenizer, role="train", context=8, seed=0)
     ab, cd, e = (encode(tiny_tokenizer, text)[1:] for text in ("ab", "cd", "e"))
     assert rows(found.ids) == [(BOS, *ab, *cd, EOS, BOS, *e, EOS)]
+    assert found.text_bytes == 5
+
+
+def test_calibration_reads_documents_as_one_text(tiny_tokenizer: Any) -> None:
+    documents = [Document("ab", "f"), Document("cd", "f", continues=True), Document("e", "g")]
+    found = pack(documents, tiny_tokenizer, role="calibration", context=8, seed=0)
+    assert rows(found.ids) == [tuple(encode(tiny_tokenizer, joined_text(documents)))]
     assert found.text_bytes == 5
 
 

@@ -30,7 +30,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = invoke(capsys, "quantise")
     assert code == 2
-    assert "Did you mean quantize?" in err
+    assert "did you mean 'quantize'?" in err
 
 
 def test_each_step_by_hand(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ NONSENSE = {
     "prune after quantize": (["prune", "-m", "{quantized}", "-o", "{out}", "--keep", "ffn=0.5", "-d", "{train}"], "quantize"),
     "palettes to ONNX": (["export", "-m", "{palettized}", "-o", "{out}", "--format", "onnx"], "palett"),
     "unknown format": (["export", "-m", "{teacher}", "-o", "{out}", "--format", "gguf"], "gguf"),
-    "unknown recipe key": (["run", "{recipe}", "-o", "{out}", "--set", "prune.ffn_kep=1"], "Did you mean ffn_keep?"),
+    "unknown recipe key": (["run", "{recipe}", "-o", "{out}", "--set", "prune.ffn_kep=1"], "did you mean 'ffn_keep'?"),
     "output holds something": (["prune", "-m", "{teacher}", "-o", "{tmp}", "--keep", "ffn=0.5", "-d", "{train}"], "holds"),
     "run into a foreign folder": (["run", "{recipe}", "-o", "{tmp}"], "holds no dwindle run"),
     "no run": (["report", "{tmp}"], "report.json"),

@@ -49,7 +49,7 @@ def test_values_are_converted_to_field_types() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"tokens": 1, "tokns": 2}, "Did you mean tokens?"),
+        ({"tokens": 1, "tokns": 2}, "did you mean 'tokens'?"),
         ({}, "sample.tokens is missing"),
         ({"tokens": "many"}, "'many' is no number"),
         ({"tokens": 1.5}, "no whole number"),
