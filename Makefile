@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 T5     := .venv/transformers5
-PEERS  := .venv-peers
+PEERS  := .venv-peers .venv-peers-2
 
 .PHONY: setup demo test test-full test-transformers5 check bench clean
 
@@ -45,13 +45,15 @@ check: setup
 	MYPYPATH=build/types $(BIN)/mypy -p dwindle
 	$(BIN)/python -P -m pytest -q tests/test_house.py
 
-bench: setup $(PEERS)/.ready
-	$(BIN)/python -P benchmarks/run.py --peers $(PEERS)/bin/python
+bench: setup $(PEERS:%=%/.ready)
+	$(BIN)/python -P benchmarks/run.py $(PEERS:%=--peers %/bin/python)
 
-$(PEERS)/.ready: requirements/peers.txt
-	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/peers.txt
+.venv-peers/.ready: requirements/peers.txt
+.venv-peers-2/.ready: requirements/peers-2.txt
+$(PEERS:%=%/.ready):
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 clean:

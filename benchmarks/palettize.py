@@ -1,4 +1,4 @@
-"""One palettization, by dwindle (exact k-means on a histogram) or by coremltools' k-means; prints one JSON line."""
+"""One palettization: by dwindle (exact k-means on a histogram), coremltools or coreai-opt; prints one JSON line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dwindle_error(values, bits: int) -> tuple[float, float]:
     return seconds, float((packed.dequantize() - values).square().sum() / values.square().sum())
 
 
-def peer_error(values, bits: int) -> tuple[float, float]:
+def coremltools_error(values, bits: int) -> tuple[float, float]:
     """Return (seconds, relative MSE) of coremltools' post-training palettization with grouped channels."""
     import torch
     from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
@@ -47,16 +47,38 @@ def peer_error(values, bits: int) -> tuple[float, float]:
     return seconds, float((dense - values).square().sum() / values.square().sum())
 
 
+def coreai_error(values, bits: int) -> tuple[float, float]:
+    """Return (seconds, relative MSE) of coreai-opt's k-means as it comes (fast mode) with grouped channels."""
+    import torch
+    from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
+    from coreai_opt.palettization.spec import PalettizationSpec, PerGroupedChannelGranularity
+
+    model = torch.nn.Sequential(torch.nn.Linear(values.shape[1], values.shape[0], bias=False))
+    model[0].weight.data = values.clone()
+    spec = PalettizationSpec(n_bits=bits, granularity=PerGroupedChannelGranularity(axis=0, group_size=16))
+    config = KMeansPalettizerConfig(global_config=ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec}))
+    palettizer = KMeansPalettizer(model, config)
+    start = time.perf_counter()
+    palettized = palettizer.prepare((torch.zeros(1, values.shape[1]),))
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        dense = palettized[0].weight.detach()
+    return seconds, float((dense - values).square().sum() / values.square().sum())
+
+
+SIDES = {"dwindle": dwindle_error, "coremltools": coremltools_error, "coreai-opt": coreai_error}
+
+
 def main() -> None:
     """Do one side's job once."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--who", choices=["dwindle", "peer"], required=True)
+    parser.add_argument("--who", choices=list(SIDES), required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--columns", type=int, required=True)
     parser.add_argument("--bits", type=int, required=True)
     options = parser.parse_args()
     values = weight(options.rows, options.columns)
-    seconds, error = (dwindle_error if options.who == "dwindle" else peer_error)(values, options.bits)
+    seconds, error = SIDES[options.who](values, options.bits)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "relative_mse": error, "peak_rss_bytes": peak}))
 

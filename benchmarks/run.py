@@ -1,8 +1,10 @@
-"""`make bench`: each case is one job done by dwindle and by a peer, in turn, in fresh processes.
+"""`make bench`: dwindle beside its peers.
 
-Prints, per case, the medians of wall seconds and peak resident memory, the quality both reached, and the ratio
-peer / dwindle of each pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs
-are what to quote.
+Two kinds of cases. An alternated case is one job done by dwindle and by a peer, in turn, in fresh processes; it prints
+the medians of wall seconds and peak resident memory, the quality both reached, and the ratio peer / dwindle of each
+pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
+`quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped) and `scale` measures
+memory on a model of a billion weights (`scale.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +17,18 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CASES = {
-    "palettize-2048x2048-4bit-16rows": ("palettize.py", ["--rows", "2048", "--columns", "2048", "--bits", "4"]),
-    "palettize-3072x8192-4bit-16rows": ("palettize.py", ["--rows", "3072", "--columns", "8192", "--bits", "4"]),
+RESULTS = HERE.parent / "build" / "bench"
+PALETTIZE = {
+    shape: ["--rows", shape.split("x")[0], "--columns", shape.split("x")[1], "--bits", "4"]
+    for shape in ("2048x2048", "3072x8192")
 }
+ALTERNATED = {
+    f"palettize-{shape}-4bit-16rows-{peer}": ("palettize.py", peer, arguments)
+    for shape, arguments in PALETTIZE.items()
+    for peer in ("coremltools", "coreai-opt")
+}
+"""Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
+CASES = (*ALTERNATED, "quality", "scale")
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -29,28 +39,52 @@ def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, 
     return result
 
 
+def alternated(name: str, peers: str, runs: int) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Run both sides of a case in turn, print their comparison, and return all single results."""
+    script, who, arguments = ALTERNATED[name]
+    pairs = [
+        (once(sys.executable, script, "dwindle", arguments), once(peers, script, who, arguments)) for _ in range(runs)
+    ]
+    print(f"\n{name} ({runs} alternated runs)")
+    for key in pairs[0][0]:
+        ours, peer = (statistics.median(side[key] for side in sides) for sides in zip(*pairs, strict=True))
+        ratios = sorted(p[key] / o[key] for o, p in pairs if o[key])
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else "-"
+        print(f"  {key:24} dwindle {ours:<12.6g} {who} {peer:<12.6g} {who}/dwindle {spread}")
+    return pairs
+
+
+def quality(peers: list[str], results: Path) -> None:
+    """Do what is missing of the quality table and print it."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    given = [argument for python in peers for argument in ("--peers", python)]
+    subprocess.run([sys.executable, str(HERE / "quality.py"), "--results", str(results), *given], check=True)
+
+
+def scale() -> None:
+    """Quantize half a billion and a billion weights."""
+    for layers in ("11", "22"):
+        subprocess.run([sys.executable, str(HERE / "scale.py"), "--layers", layers], check=True)
+
+
 def main() -> None:
-    """Run the chosen cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", default=sys.executable, help="Python of the environment that has the peers.")
+    """Run the chosen cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="append", help="Python of a peers' environment; once for each, in order.")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--case", action="append", choices=list(CASES), help="Only this case; repeat for more.")
-    parser.add_argument("--json", type=Path, help="Also write all single results here.")
+    parser.add_argument("--case", action="append", choices=CASES, help="Only this case; repeat for more.")
+    parser.add_argument("--json", type=Path, help="Also write all single results of alternated cases here.")
+    parser.add_argument("--results", type=Path, default=RESULTS / "quality.json", help="Records of the quality table.")
     options = parser.parse_args()
+    peers = options.peers or [sys.executable]
     everything = {}
     for name in options.case or CASES:
-        script, arguments = CASES[name]
-        pairs = [
-            (once(sys.executable, script, "dwindle", arguments), once(options.peers, script, "peer", arguments))
-            for _ in range(options.runs)
-        ]
-        everything[name] = pairs
-        print(f"\n{name} ({options.runs} alternated runs)")
-        for key in pairs[0][0]:
-            ours, peer = (statistics.median(side[key] for side in sides) for sides in zip(*pairs, strict=True))
-            ratios = sorted(p[key] / o[key] for o, p in pairs if o[key])
-            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else "-"
-            print(f"  {key:24} dwindle {ours:<12.6g} peer {peer:<12.6g} peer/dwindle {spread}")
+        if name == "quality":
+            quality(peers, options.results)
+        elif name == "scale":
+            scale()
+        else:
+            everything[name] = alternated(name, peers[0], options.runs)
     if options.json:
         options.json.write_text(json.dumps(everything, indent=2))
 

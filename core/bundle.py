@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from dwindle.weights import AffineWeight, PalettizedWeight
 
-__all__ = ["ModelBundle"]
+__all__ = ["ModelBundle", "lineage_of", "require_model_place"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -85,13 +85,8 @@ class ModelBundle:
             stored = {"float16": "F16", "bfloat16": "BF16"}.get(str(read_config(folder).get("dtype")), "F32")
         else:
             check_model(model, anatomy)
-        if (folder / LINEAGE_FILE).is_file():
-            lineage = Lineage.read(folder)
-        else:
-            names = [p.name for p in folder.glob("*.json")] + list(files.files) + ["tokenizer.model"]
-            hashes = {name: hash_file(folder / name) for name in sorted(set(names)) if (folder / name).is_file()}
-            named = folder.resolve().name if revision is None else str(path_or_id)
-            lineage = Lineage.origin(named, hashes, **({} if revision is None else {"revision": revision}))
+        named = folder.resolve().name if revision is None else str(path_or_id)
+        lineage = lineage_of(folder, files.files, named, revision)
         return cls(model.to(torch_device), tokenizer, anatomy, lineage, _DTYPES[stored])
 
     @classmethod
@@ -174,19 +169,24 @@ class ModelBundle:
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        _require_model_place(folder)
+        require_model_place(folder)
         self.stored_dtype_rounded()
         tensors = self.stored_tensors()
         require_space(folder, sum(t.nbytes for t in tensors.values()) + _SPARE_BYTES)
-        with atomic_folder(folder) as partial, quiet_transformers():
+        with atomic_folder(folder) as partial:
             save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-            write_json(partial / "config.json", self.config_json())
-            if self.model.generation_config is not None:
-                self.model.generation_config.to_json_file(partial / "generation_config.json")
-            self.tokenizer.save_pretrained(partial)
-            name_generic_tokenizer(partial)
-            self.lineage.write(partial)
+            self.write_description(partial)
         _log.info("saved %s", folder)
+
+    def write_description(self, folder: Path) -> None:
+        """Write all files but the weights into a folder: configs, tokenizer, lineage."""
+        with quiet_transformers():
+            write_json(folder / "config.json", self.config_json())
+            if self.model.generation_config is not None:
+                self.model.generation_config.to_json_file(folder / "generation_config.json")
+            self.tokenizer.save_pretrained(folder)
+            name_generic_tokenizer(folder)
+            self.lineage.write(folder)
 
     @property
     def content_sha256(self) -> str:
@@ -227,7 +227,16 @@ def _bits_per_weight(bits: Mapping[str, tuple[int, int]], names: set[str]) -> fl
     return sum(stored for _, stored in chosen) / sum(count for count, _ in chosen)
 
 
-def _require_model_place(folder: Path) -> None:
+def lineage_of(folder: Path, weight_files: Iterable[str], name: str, revision: str | None = None) -> Lineage:
+    """Return the lineage that a checkpoint folder tells, or that of a new origin with the hashes of its files."""
+    if (folder / LINEAGE_FILE).is_file():
+        return Lineage.read(folder)
+    names = {*(p.name for p in folder.glob("*.json")), *weight_files, "tokenizer.model"}
+    hashes = {file: hash_file(folder / file) for file in sorted(names) if (folder / file).is_file()}
+    return Lineage.origin(name, hashes, **({} if revision is None else {"revision": revision}))
+
+
+def require_model_place(folder: Path) -> None:
     """Raise OutputError unless `folder` is absent, empty, or holds nothing but a model's files."""
     if not folder.exists():
         return

@@ -24,8 +24,8 @@ from dwindle.errors import UnsupportedModel, offenders
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["QUANT_METHOD", "find_folder", "load_config", "load_model", "quiet_transformers", "separate_rope",
-           "warn_remote_code"]  # fmt: skip
+__all__ = ["QUANT_METHOD", "attention_of", "compare_tensors", "find_folder", "load_config", "load_model",
+           "quiet_transformers", "separate_rope", "skeleton_of", "warn_remote_code"]  # fmt: skip
 
 QUANT_METHOD = "dwindle"
 _log = logging.getLogger("dwindle")
@@ -176,14 +176,12 @@ def load_model(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel,
     from transformers import AutoModelForCausalLM
 
     files = inspect_checkpoint(folder)
-    soft_capped = anatomy_of(config).traits.attention_softcap is not None
-    attention = "eager" if soft_capped else "sdpa"  # PyTorch's fused attention has no soft cap and would leave it out
     with quiet_transformers():
         try:
-            _compare_tensors(folder, config, files)
+            compare_tensors(folder, config, files)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, attn_implementation=attention, use_safetensors=True,
-                local_files_only=True,
+                folder, config=config, dtype=torch.float32, attn_implementation=attention_of(config),
+                use_safetensors=True, local_files_only=True,
             )  # fmt: skip
         except UnsupportedModel:
             raise
@@ -197,16 +195,31 @@ def load_model(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel,
     return model.eval(), files
 
 
-def _compare_tensors(folder: Path, config: PretrainedConfig, files: CheckpointFiles) -> None:
-    """Raise UnsupportedModel unless the stored tensors are exactly those that the config builds."""
+def attention_of(config: PretrainedConfig) -> str:
+    """Return transformers' name of the attention to load a config with."""
+    soft_capped = anatomy_of(config).traits.attention_softcap is not None
+    return "eager" if soft_capped else "sdpa"  # PyTorch's fused attention has no soft cap and would leave it out
+
+
+def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the float32 model that a config builds, without weights: on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
-        packed = getattr(config, "quantization_config", None)
-        if packed is not None:
-            from dwindle.quantized_model import replace_modules
+    with torch.device("meta"), quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention_of(config)
+        )
+    return model.eval()
 
+
+def compare_tensors(folder: Path, config: PretrainedConfig, files: CheckpointFiles) -> None:
+    """Raise UnsupportedModel unless the stored tensors are exactly those that the config builds."""
+    built = skeleton_of(config)
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        from dwindle.quantized_model import replace_modules
+
+        with torch.device("meta"):
             replace_modules(built, packed)
     needed = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     found = {name: tensor.shape for name, tensor in files.tensors.items() if not _HARMLESS_EXTRA.fullmatch(name)}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dwindle.bit_packing import unpack_bits
 from dwindle.errors import UnsupportedModel, offenders
-from dwindle.weights import QuantizedWeight, packed_shapes, weight_from_tensors
+from dwindle.weights import QuantizedWeight, centre_of, packed_shapes, weight_from_tensors
 
 __all__ = [
     "QUANT_METHOD",
@@ -59,9 +59,9 @@ class PackedModule(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
 
     def fill(self, weight: QuantizedWeight) -> None:
-        """Take over the codes of a weight whose spec this module was built with."""
+        """Take over the codes of a weight whose spec this module was built with, on this module's device."""
         for name, tensor in weight.to_tensors().items():
-            self._buffers[name] = tensor.clone()
+            self._buffers[name] = tensor.to(cast(Tensor, self._buffers[name]).device, copy=True)
         self._dense = None
 
     def packed(self) -> dict[str, Tensor]:
@@ -156,16 +156,26 @@ class QuantizedEmbedding(PackedModule):
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Return the rows asked for; where a row starts at a byte, only those rows are unpacked."""
-        row_bits = self.embedding_dim * self.spec["bits"]
-        if self.spec["kind"] != "affine" or row_bits % 8 or not self.spec["symmetric"]:
+        bits, width, flat = self.spec["bits"], self.embedding_dim, ids.reshape(-1)
+        if width * bits % 8 or (self.spec["kind"] == "affine" and not self.spec["symmetric"]):
             return F.embedding(ids, self.weight)
-        buffers, groups = self.packed(), self.embedding_dim // self.spec["group_size"]
-        flat = ids.reshape(-1)
-        packed = buffers["codes"].view(self.num_embeddings, row_bits // 8)[flat].reshape(-1)
-        codes = unpack_bits(packed, self.spec["bits"], flat.numel() * self.embedding_dim)
-        centred = codes.view(flat.numel(), groups, -1).to(torch.float32) - 2.0 ** (self.spec["bits"] - 1)
-        rows: Tensor = centred * buffers["scales"][flat].to(torch.float32)[..., None]
-        return rows.view(*ids.shape, self.embedding_dim)
+        buffers = self.packed()
+        stored = buffers["indices" if self.spec["kind"] == "palettized" else "codes"]
+        chosen = stored.view(self.num_embeddings, width * bits // 8)[flat].reshape(-1)
+        codes = unpack_bits(chosen, bits, flat.numel() * width).view(flat.numel(), width)
+        rows = self._palette_rows if self.spec["kind"] == "palettized" else self._affine_rows
+        return rows(codes, flat, buffers).view(*ids.shape, width)
+
+    def _affine_rows(self, codes: Tensor, ids: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        """Return float32 [N, D]: the arithmetic of `AffineWeight.dequantize` on N rows."""
+        grouped = codes.view(len(ids), self.embedding_dim // self.spec["group_size"], -1).to(torch.float32)
+        return (grouped - centre_of(self.spec)) * buffers["scales"][ids].to(torch.float32)[..., None]
+
+    def _palette_rows(self, codes: Tensor, ids: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        """Return float32 [N, D]: the arithmetic of `PalettizedWeight.dequantize` on N rows."""
+        palettes = buffers["palettes"].to(torch.float32)
+        rows = torch.gather(palettes[ids // self.spec["group_size"]], 1, codes.to(torch.int64))
+        return rows * buffers["row_scales"][ids].to(torch.float32)[:, None] if self.spec["row_scales"] else rows
 
 
 class TiedHead(nn.Module):

@@ -4,8 +4,13 @@ Both are *rounded once*: a quantizer chooses the codes, a checkpoint stores them
 codes in its runtime's layout, and whoever dequantizes gets the same float32 numbers, because the arithmetic is fixed:
 the fp16 table entry is taken to float32 (exact) and enters exactly one float32 multiplication.
 
-    affine      W[o, i] = (codes[o, i] - zero[o, i // g]) * scales[o, i // g]        zero = 2^(bits-1) if symmetric
+    affine      W[o, i] = (codes[o, i] - zero[o, i // g]) * scales[o, i // g]
     palettized  W[o, i] = palettes[o // g, indices[o, i]] [ * row_scales[o] ]
+
+zero is stored per group, or is 2^(bits-1) for all (symmetric), or 2^(bits-1) - 1/2 for all (balanced): symmetric
+integers have one more value below zero than above, which is nothing in 8 bits and a quarter of all values in 2, where
+{-2, -1, 0, 1} has one positive number. Balanced codes are centred half-way: {-1.5, -0.5, 0.5, 1.5} (AFM 2025, section
+on quantization-aware training, arXiv:2507.13575).
 
 `group_size` g counts along the inputs I for the affine form (g = I is "per channel": one scale an output row) and
 along the output rows O for palettes (g = O is one palette a tensor). Shapes: W is O x I as in `torch.nn.Linear`;
@@ -27,7 +32,8 @@ from torch import Tensor
 from dwindle.bit_packing import MAX_BITS, pack_bits, packed_bytes, unpack_bits
 from dwindle.errors import UnsupportedModel
 
-__all__ = ["AffineWeight", "PalettizedWeight", "QuantizedWeight", "packed_shapes", "spec_bits", "weight_from_tensors"]
+__all__ = ["AffineWeight", "PalettizedWeight", "QuantizedWeight", "centre_of", "packed_shapes", "spec_bits",
+           "weight_from_tensors"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +48,15 @@ class AffineWeight:
     scales: Tensor
     """float16 [O, I / group_size]."""
     zero_points: Tensor | None
-    """uint8 [O, I / group_size], or None: symmetric around 2**(bits - 1)."""
+    """uint8 [O, I / group_size], or None: symmetric around `centre`."""
     bits: int
     group_size: int
+    balanced: bool = False
+    """Symmetric around half-way between two codes; excludes zero points."""
 
     def __post_init__(self) -> None:
         _require_codes(self.codes, self.bits)
+        assert not (self.balanced and self.zero_points is not None), "balanced weights have no zero points"
         groups = _divided(self.codes.shape[1], self.group_size, "inputs")
         _require_table("scales", self.scales, (len(self.codes), groups), torch.float16)
         if self.zero_points is not None:
@@ -60,8 +69,18 @@ class AffineWeight:
 
     @property
     def symmetric(self) -> bool:
-        """Return True if every zero point is 2**(bits - 1)."""
+        """Return True if there are no zero points: all of them are `centre`."""
         return self.zero_points is None
+
+    @property
+    def centre(self) -> float:
+        """Return the zero point of symmetric codes: 2**(bits - 1), half of one less if balanced.
+
+        >>> codes, scales = torch.zeros(1, 2, dtype=torch.uint8), torch.ones(1, 1).half()
+        >>> AffineWeight(codes, scales, None, 2, 2, balanced=True).centre
+        1.5
+        """
+        return centre_of(self.spec())
 
     @property
     def stored_bits(self) -> int:
@@ -69,14 +88,15 @@ class AffineWeight:
         return spec_bits(self.spec())
 
     def spec(self) -> dict[str, Any]:
-        """Return what config.json keeps of it: kind, bits, group_size, shape, symmetric."""
-        return {
+        """Return what config.json keeps of it: kind, bits, group_size, shape, symmetric, and balanced where it is."""
+        spec = {
             "kind": self.kind,
             "bits": self.bits,
             "group_size": self.group_size,
             "shape": list(self.shape),
             "symmetric": self.symmetric,
         }
+        return spec | ({"balanced": True} if self.balanced else {})
 
     def dequantize(self) -> Tensor:
         """Return float32 [O, I].
@@ -87,7 +107,7 @@ class AffineWeight:
         """
         outputs, inputs = self.shape
         grouped = self.codes.view(outputs, inputs // self.group_size, self.group_size).to(torch.float32)
-        zero = 2.0 ** (self.bits - 1) if self.zero_points is None else self.zero_points.to(torch.float32)[..., None]
+        zero = self.centre if self.zero_points is None else self.zero_points.to(torch.float32)[..., None]
         return ((grouped - zero) * self.scales.to(torch.float32)[..., None]).view(outputs, inputs)
 
     def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -107,7 +127,7 @@ class AffineWeight:
             groups = inputs // group_size
             zero_points = unpack_bits(found["zero_points"], bits, outputs * groups).view(outputs, groups)
         codes = unpack_bits(found["codes"], bits, outputs * inputs).view(outputs, inputs)
-        return cls(codes, found["scales"], zero_points, bits, group_size)
+        return cls(codes, found["scales"], zero_points, bits, group_size, spec.get("balanced", False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +245,15 @@ def spec_bits(spec: Mapping[str, Any]) -> int:
     1536
     """
     return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in packed_shapes(spec).values())
+
+
+def centre_of(spec: Mapping[str, Any]) -> float:
+    """Return the zero point that all codes of a symmetric affine spec share.
+
+    >>> centre_of({"bits": 4}), centre_of({"bits": 2, "balanced": True})
+    (8.0, 1.5)
+    """
+    return 2.0 ** (int(spec["bits"]) - 1) - (0.5 if spec.get("balanced") else 0.0)
 
 
 def _required_tensors(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

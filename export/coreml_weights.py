@@ -8,6 +8,12 @@ Core ML computes scale * (data - offset), our formula. A symmetric weight is sto
 (data = code - 2^(b-1)), an asymmetric one as an unsigned integer with its zero points as offset: the codes go in as
 they are and nothing is rounded again.
 
+Data of the second operator has 4 or 8 bits. Integers of 2 and 3 bits are indices into the one palette of their own
+numbers, and so are balanced ones, whose numbers are halves; the same two operators chain as for row scales:
+
+    symmetric, balanced -> shift_scale(data = lut_to_dense(codes uint{b}, lut fp16: code - centre), scale)
+    asymmetric          -> shift_scale(data = lut_to_dense(codes uint{b}, lut uint8: code), scale, offset uint8)
+
 A graph pass puts them in: it runs first of all, while every weight is still a constant that bears its parameter's
 name, and fails unless it finds each one. Not `coremltools.optimize`, which clusters on its own, and not its
 `_COREML_/weight/lut` buffers, which search the index of every weight (12.6 s for one 3072 x 8192 matrix) and take
@@ -33,8 +39,10 @@ __all__ = ["AFFINE_BITS", "PALETTE_BITS", "carry_codes_pass", "coreml_problems",
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 """Widths of an index that Core ML stores."""
-AFFINE_BITS = (4, 8)
-"""Widths of an integer that Core ML stores."""
+AFFINE_BITS = (2, 3, 4, 8)
+"""Widths of an integer that Core ML stores, those of 2 and 3 bits as indices."""
+_DATA_BITS = (4, 8)
+"""Widths that constexpr_blockwise_shift_scale takes by itself."""
 NUMPY_TOO_NEW = (2, 4)
 """coremltools 9.0 fails from this version on."""
 STATE_MULTIPLE = 32
@@ -76,10 +84,15 @@ def engine_notes(bundle: ModelBundle, context: int) -> tuple[str, ...]:
     if anatomy.head_dim % STATE_MULTIPLE:
         notes.append(f"the KV cache's last dimension is head_dim={anatomy.head_dim}, no multiple of {STATE_MULTIPLE}: "
                      "the Neural Engine is reported to refuse such states.")  # fmt: skip
-    scaled = [name for name, spec in packed_specs(bundle.model).items() if spec.get("row_scales")]
+    specs = packed_specs(bundle.model)
+    scaled = [name for name, spec in specs.items() if spec.get("row_scales")]
     if scaled:
         notes.append(f"{len(scaled)} weights have palettes with row scales: the Neural Engine is reported to refuse "
                      "those.")  # fmt: skip
+    chained = [name for name, spec in specs.items() if spec["kind"] == AffineWeight.kind and _is_chained(spec)]
+    if chained:
+        notes.append(f"{len(chained)} weights are integers of 2 or 3 bits, or balanced ones, stored as indices with "
+                     "scales: the Neural Engine is reported to refuse those.")  # fmt: skip
     if anatomy.model_type.startswith("gemma"):
         notes.append("this family was trained in bfloat16, and its residual stream is known to exceed float16's range: "
                      "hold the executed check's fp16_peak against 65,504.")  # fmt: skip
@@ -141,14 +154,32 @@ def _palettes(mb: Any, op: Any, weight: PalettizedWeight) -> Any:
 
 def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
     codes, arguments = weight.codes.numpy(), {}
-    if weight.zero_points is None:
+    if weight.zero_points is not None:
+        offset_bits = 8 if _is_chained(weight.spec()) else weight.bits
+        arguments["offset"] = _typed(weight.zero_points.numpy(), f"uint{offset_bits}")
+    if _is_chained(weight.spec()):
+        data = _numbers(mb, op, weight)
+    elif weight.symmetric:
         data = _typed(codes.astype(np.int16) - 2 ** (weight.bits - 1), f"int{weight.bits}")
     else:
         data = _typed(codes, f"uint{weight.bits}")
-        arguments["offset"] = _typed(weight.zero_points.numpy(), f"uint{weight.bits}")
     return mb.constexpr_blockwise_shift_scale(
         data=data, scale=weight.scales.numpy(), before_op=op, name=f"{op.name}_integers", **arguments
     )
+
+
+def _is_chained(spec: Mapping[str, Any]) -> bool:
+    """Return whether integers with this spec are looked up before they are scaled."""
+    return spec["bits"] not in _DATA_BITS or bool(spec.get("balanced"))
+
+
+def _numbers(mb: Any, op: Any, weight: AffineWeight) -> Any:
+    """Return the codes' numbers, looked up: less their centre if symmetric, else as they are."""
+    numbers = np.arange(2**weight.bits)
+    lut = (numbers - weight.centre).astype(np.float16) if weight.symmetric else numbers.astype(np.uint8)
+    indices = _typed(weight.codes.numpy(), f"uint{weight.bits}")
+    return mb.constexpr_lut_to_dense(indices=indices, lut=lut.reshape(1, 1, -1, 1), before_op=op,
+                                     name=f"{op.name}_codes")  # fmt: skip
 
 
 def _typed(values: NDArray[Any], name: str) -> NDArray[Any]:

@@ -95,10 +95,11 @@ class GraphBuilder:
         """Return the name of a constant float32 scalar."""
         return self.weight(f"floats/{value!r}", lambda: torch.tensor(value, dtype=torch.float32))
 
-    def zeros(self, name: str, shape: tuple[int, ...]) -> str:
-        """Return the name of a uint8 tensor of zeros that takes no bytes in the file."""
-        zero = helper.make_tensor("value", TensorProto.UINT8, [1], [0])
-        return self.op("ConstantOfShape", self.ints(*shape), name=name, value=zero)
+    def filled(self, name: str, shape: tuple[int, ...], value: float) -> str:
+        """Return the name of a tensor of one value that takes no bytes in the file: uint8 for an int, else float32."""
+        kind = TensorProto.UINT8 if isinstance(value, int) else TensorProto.FLOAT
+        return self.op("ConstantOfShape", self.ints(*shape), name=name,
+                       value=helper.make_tensor("value", kind, [1], [value]))  # fmt: skip
 
     def weight(self, name: str, make: Callable[[], Tensor]) -> str:
         """Return `name` after storing the tensor that `make` gives; a name already stored is not made again."""

@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": ("runs:demo", "Run the whole line on the embedded teacher, in a few minutes."),
     "prune": ("models:prune", "Cut units out of a model by their importance; the result loads anywhere."),
     "distill": ("models:distill", "Train a student to follow its teacher."),
-    "quantize": ("models:quantize", "Turn weights into palettes or integers, packed."),
+    "quantize": ("quantize:quantize", "Turn weights into palettes or integers, to a size, packed."),
     "export": ("models:export", "Write ONNX and Core ML, execute them and prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
     "validate": ("targets:validate", "Hold a run to budgets on device profiles."),

@@ -1,7 +1,8 @@
 """Fewer bits per weight: palettes and integers, rounded once.
 
-`run(bundle, QuantizeOptions(...))` returns a packed bundle and its record; `formats.check` tells beforehand whether a
-runtime can carry what the options will make.
+`run(bundle, QuantizeOptions(...))` returns a packed bundle and its record; `plan` tells beforehand which bits every
+layer will get, `formats.check` whether a runtime can carry what the options will make, and `run_folder` does it all for
+a checkpoint that is larger than memory.
 """
 
 from __future__ import annotations
@@ -10,12 +11,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dwindle.quantize.bit_plan import BitPlan as BitPlan
     from dwindle.quantize.formats import RUNTIMES as RUNTIMES
     from dwindle.quantize.formats import check as check
     from dwindle.quantize.options import QuantizeOptions as QuantizeOptions
+    from dwindle.quantize.planning import plan as plan
+    from dwindle.quantize.run_folder import plan_folder as plan_folder
+    from dwindle.quantize.run_folder import run_folder as run_folder
     from dwindle.quantize.step import run as run
 
-_HOMES = {"RUNTIMES": "formats", "QuantizeOptions": "options", "check": "formats", "run": "step"}
+_HOMES = {
+    "BitPlan": "bit_plan",
+    "RUNTIMES": "formats",
+    "QuantizeOptions": "options",
+    "check": "formats",
+    "plan": "planning",
+    "plan_folder": "run_folder",
+    "run": "step",
+    "run_folder": "run_folder",
+}
 __all__ = [*_HOMES]
 
 

@@ -13,6 +13,7 @@ from types import EllipsisType
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 __all__ = ["Bins", "Cuts", "Floats", "Singles", "Sums", "allowed_cuts", "chunks", "histogram", "run_error",
            "sorted_bins"]  # fmt: skip
@@ -115,12 +116,20 @@ def histogram(values: Singles, weights: Singles | None, middle: Floats, bins: in
         index = companded.astype(np.int32)
         np.minimum(index, bins - 1, out=index)
         index += (np.arange(len(index), dtype=np.int32) * bins)[:, None]
-        flat, shape, size = index.reshape(-1), (len(index), bins), len(index) * bins
-        x = distance.reshape(-1)
-        w = None if weights is None else weights[part].reshape(-1)
-        weight[part] = np.bincount(flat, w, minlength=size).reshape(shape)
-        first[part] = np.bincount(flat, x if w is None else x * w, minlength=size).reshape(shape)
+        w = None if weights is None else weights[part]
+        weight[part] = _sums_by_bin(index, w, bins)
+        first[part] = _sums_by_bin(index, distance if w is None else distance * w, bins)
     return _prefix_sums(weight, first, width)
+
+
+def _sums_by_bin(index: npt.NDArray[np.int32], summands: Singles | None, bins: int) -> Floats:
+    """Return [G, bins]: how often a bin occurs in index [G, n] (group after group), or the sums of what it occurs with.
+
+    torch's bincount is NumPy's at a fifth of the time, and lets other threads run meanwhile.
+    """
+    added = None if summands is None else torch.from_numpy(summands.reshape(-1).astype(np.float64))
+    sums = torch.bincount(torch.from_numpy(index.reshape(-1)), added, minlength=len(index) * bins)
+    return sums.numpy().reshape(len(index), bins)
 
 
 def allowed_cuts(fine: Bins, bins: int, run: int) -> Cuts:

@@ -20,8 +20,10 @@ Values are counted into a histogram first, so the work no longer depends on thei
    coordinate descent), at shrinking strides down to one fine bin, repeated while a cut stops at its window's edge.
 
 A group of no more values than `bins` is solved exactly by 2 alone. Otherwise the squared error stays within 1.001
-times the optimum (tests/quantize/test_kmeans.py, against an exhaustive programme). Everything is vectorised over the
-groups (G) of a matrix; the Python loops run over layers and chunks of groups.
+times the optimum (tests/quantize/test_kmeans.py, against an exhaustive programme). With 256 clusters, of an error a
+thousand times below that of 16, step 2 is left out and 3 starts from theory's own cuts: 1.00 to 1.05 times the
+optimum in a fifth of the time. Everything is vectorised over the groups (G) of a matrix; the Python loops run over
+layers and chunks of groups.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ __all__ = ["assign_nearest", "fit_centres", "squared_errors"]
 
 _FINE_BINS = 4096
 _CUTS_PER_CLUSTER = 8
-"""The exact programme is offered at least so many cuts per cluster (half of it from 256 clusters on)."""
+"""The exact programme is offered at least so many cuts per cluster."""
+_MANY = 256
+"""From so many clusters on the exact programme is left out: theory's cuts are near enough for the fine one."""
+_COMPARED = 31
+"""Thresholds that every value is compared with one by one; more are bisected."""
 _REACH = 8
 """Positions a cut may move to on either side in one round of the fine programme."""
 _MAX_ROUNDS = 12
@@ -68,7 +74,7 @@ def fit_centres(
     >>> fit_centres(np.array([[0.0, 1.0, 10.0, 12.0]], dtype=np.float32), 2).tolist()
     [[0.5, 11.0]]
     """
-    bins = max(bins, _CUTS_PER_CLUSTER * clusters // (2 if clusters >= 256 else 1))
+    bins = clusters if clusters >= _MANY else max(bins, _CUTS_PER_CLUSTER * clusters)
     fine_bins = max(_FINE_BINS, 64 * clusters)
     centres = np.empty((len(values), clusters))
     for part in chunks(len(values), _CHUNK_BINS // min(fine_bins, values.shape[1])):
@@ -84,8 +90,11 @@ def _fit(values: Singles, clusters: int, weights: Singles | None, bins: int, fin
     fine = histogram(values, weights, middle, fine_bins) if counted else sorted_bins(values, weights, middle)
     allowed = allowed_cuts(fine, bins, run=fine_bins // 1024 if counted else 1)
     places = np.empty((len(values), clusters + 1), dtype=np.int64)
-    for part in chunks(len(values), _CHUNK_ERRORS // allowed.shape[1] ** 2):
-        places[part] = _exact_cuts(fine.groups(part).at(allowed[part]), clusters)
+    if allowed.shape[1] == clusters + 1:
+        places[:] = np.arange(clusters + 1)
+    else:
+        for part in chunks(len(values), _CHUNK_ERRORS // allowed.shape[1] ** 2):
+            places[part] = _exact_cuts(fine.groups(part).at(allowed[part]), clusters)
     cuts = np.take_along_axis(allowed, places, 1)
     if fine.count > bins:
         strides = _strides(allowed, places)
@@ -104,14 +113,28 @@ def assign_nearest(values: npt.NDArray[np.float32], centres: npt.NDArray[np.floa
     thresholds = (exact[:, 1:] + exact[:, :-1]) / 2
     indices = np.empty(values.shape, dtype=np.uint8)
     for group, row in enumerate(values):
-        if thresholds.shape[1] <= 31:
+        below = thresholds[group].astype(np.float32)
+        if len(below) <= _COMPARED:
             count = np.zeros(row.shape, dtype=np.uint8)
-            for threshold in thresholds[group].astype(np.float32):
+            for threshold in below:
                 count += row > threshold
             indices[group] = count
         else:
-            indices[group] = np.searchsorted(thresholds[group], row)
+            indices[group] = _bisected(row, below)
     return indices
+
+
+def _bisected(row: Singles, thresholds: Singles) -> npt.NDArray[np.int32]:
+    """Return how many thresholds lie below each value, for 2^b - 1 ascending thresholds: one bit of it a pass.
+
+    `np.searchsorted` takes four times as long: it follows one value at a time.
+    """
+    count = np.zeros(row.shape, dtype=np.int32)
+    step = (len(thresholds) + 1) // 2
+    while step:
+        count += step * (row > thresholds[count + (step - 1)])
+        step //= 2
+    return count
 
 
 def squared_errors(

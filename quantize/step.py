@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dwindle.clock import StepClock
-from dwindle.quantize.integers import round_to_nearest
+from dwindle.quantize.bit_plan import BitPlan
+from dwindle.quantize.coding import Coded, code_model
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan, plan_layers
+from dwindle.quantize.layer_record import layer_record, squares
+from dwindle.quantize.methods import require_calibration
 from dwindle.quantize.options import QuantizeOptions
-from dwindle.quantize.palettize import palettize
+from dwindle.quantize.planning import plan as make_plan
 from dwindle.report import StepRecord
 from dwindle.weights import QuantizedWeight
 
@@ -29,59 +35,60 @@ _log = logging.getLogger("dwindle")
 
 
 def run(
-    bundle: ModelBundle, options: QuantizeOptions, calibration: TokenSet | None = None
+    bundle: ModelBundle,
+    options: QuantizeOptions,
+    calibration: TokenSet | None = None,
+    *,
+    train: TokenSet | None = None,
+    plan: BitPlan | None = None,
+    folder: Path | None = None,
 ) -> tuple[ModelBundle, StepRecord]:
     """Return the packed bundle and its record (sizes only; a `Meter` fills in quality).
 
-    The weights alone decide the codes; `calibration`, if given, is only held to its role. `details["layers"]` has
-    per module: name, kind, bits, group_size, bytes, bits_per_weight and relative_mse = |W - W'|^2 / |W|^2. Raises
-    RecipeError, before any work, for a quantized bundle and for layers the format does not fit.
+    `plan` is applied as it is; without one it is made (`planning`). `train` is the text of method=qat, whose log and
+    checkpoints go to `folder`. `details["layers"]` has per module: name, kind, bits, group_size, bytes,
+    bits_per_weight and relative_mse = |W - W'|^2 / |W|^2; `details["plan"]` is the plan as JSON. Raises RecipeError,
+    before any work, for a quantized bundle, for layers that the format does not fit, and for a method without its text.
     """
     if calibration is not None:
         calibration.require("calibration")
+    require_calibration(options, options.method_used(calibration is not None), calibration is not None)
     with StepClock() as clock:
-        plan = plan_layers(bundle, options)
-        weights: dict[str, QuantizedWeight] = {}
-        layers: list[dict[str, Any]] = []
-        for number, layer in enumerate(plan.layers, start=1):
-            dense = bundle.model.get_submodule(layer.name).weight.detach().to("cpu")
-            weights[layer.name] = _coded(dense, layer, options)
-            layers.append(_layer_record(layer, dense, weights[layer.name]))
-            _log.info("quantize %d/%d %s", number, len(plan.layers), layer.name)
-        model = _packed_model(bundle.model, weights, plan)
-        quantized = bundle.derive(model, "quantize", asdict(options), {}).stored_dtype_rounded()
+        base = plan_layers(bundle, options)
+        chosen = make_plan(bundle, options, calibration) if plan is None else plan
+        formats = chosen.layer_plan(base)
+        for note in formats.notes:
+            _log.info("quantize: %s", note)
+        coded = code_model(bundle, formats, options, calibration, train, folder)
+        layers = [_recorded(bundle, layer, coded.weights[layer.name]) for layer in formats.layers]
+        inputs = {str(s.role): s.sha256 for s in (calibration, train) if s is not None}
+        model = _packed_model(bundle.model, coded, formats)
+        quantized = bundle.derive(model, "quantize", asdict(options), inputs).stored_dtype_rounded()
         sizes = bundle.size(), quantized.size()
-    details = {"scheme": options.scheme, "bits": options.bits, "uses_calibration": False, "layers": layers}
+    details = {"scheme": options.scheme, "bits": options.bits, "uses_calibration": calibration is not None,
+               **coded.details, "notes": list(formats.notes), "plan": chosen.to_json(), "layers": layers}  # fmt: skip
     return quantized, StepRecord("quantize", *sizes, seconds=clock.seconds, peak_rss_bytes=clock.peak_rss_bytes,
-                                 details=details, skipped=plan.skipped)  # fmt: skip
+                                 details=details, skipped=formats.skipped)  # fmt: skip
 
 
-def _coded(dense: Tensor, layer: LayerFormat, options: QuantizeOptions) -> QuantizedWeight:
-    if layer.scheme == "palettize":
-        return palettize(dense, layer.bits, layer.group_size, options.histogram_bins)
-    return round_to_nearest(dense, layer.bits, layer.group_size, layer.symmetric)
+def _recorded(bundle: ModelBundle, layer: LayerFormat, weight: QuantizedWeight) -> dict[str, Any]:
+    dense = bundle.model.get_submodule(layer.name).weight.detach()
+    return layer_record(layer, weight, *squares(dense, weight))
 
 
-def _layer_record(layer: LayerFormat, dense: Tensor, weight: QuantizedWeight) -> dict[str, Any]:
-    power = float(dense.square().sum())
-    error = float((weight.dequantize() - dense).square().sum())
-    return {
-        "name": layer.name,
-        "kind": weight.kind,
-        "bits": layer.bits,
-        "group_size": layer.group_size,
-        "shape": list(weight.shape),
-        "bytes": weight.stored_bits // 8,
-        "bits_per_weight": weight.stored_bits / dense.numel(),
-        "relative_mse": error / power if power else 0.0,
-    }
-
-
-def _packed_model(model: PreTrainedModel, weights: dict[str, QuantizedWeight], plan: LayerPlan) -> PreTrainedModel:
+def _packed_model(model: PreTrainedModel, coded: Coded, plan: LayerPlan) -> PreTrainedModel:
     """Return a copy of the model with packed modules; float weights that are replaced are never copied."""
     from dwindle.quantized_model import apply_quantized_weights
 
-    replaced = [model.get_submodule(name).weight for name in weights]
+    replaced = [model.get_submodule(name).weight for name in coded.weights]
     packed = copy.deepcopy(model, memo={id(weight): weight for weight in replaced})
-    apply_quantized_weights(packed, weights, plan.tied)
+    _put(packed, coded.floats)
+    apply_quantized_weights(packed, coded.weights, plan.tied)
     return packed
+
+
+def _put(model: PreTrainedModel, floats: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in floats.items():
+            parameters[name].copy_(tensor)

@@ -1,10 +1,9 @@
-"""Commands on one model: prune, distill, quantize, export, evaluate. Each is a thin door to one function."""
+"""Commands on one model: prune, distill, export, evaluate. Each is a thin door to one function."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +15,17 @@ from dwindle.pipeline.commands.shared import (
     device_option,
     emit,
     json_option,
+    load,
     made_options,
     model_option,
     notify,
     output_option,
+    save,
     seed_option,
     teacher_option,
 )
 
-__all__ = ["distill", "evaluate", "export", "prune", "quantize"]
-
-
-def _load(name: str, torch_device: str = "cpu") -> Any:
-    from dwindle.bundle import ModelBundle
-
-    notify(f"loading {name}")
-    return ModelBundle.load(name, torch_device=torch_device)
-
-
-def _told(record: Any) -> str:
-    before, after = record.before, record.after
-    return (
-        f"{record.name}: {before.parameters:,} -> {after.parameters:,} parameters, "
-        f"{before.bytes:,} -> {after.bytes:,} bytes, "
-        f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight, {record.seconds:.1f} s"
-    )
-
-
-def _save(bundle: Any, record: Any, output: str, as_json: bool) -> None:
-    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun every process has the result; the first one writes it
-        return
-    bundle.save(Path(output))
-    skipped = "".join(f"\nNot done: {s.what}: {s.why}" for s in record.skipped)
-    emit(record.to_json(), f"{_told(record)}{skipped}\nWritten: {output}", as_json)
+__all__ = ["distill", "evaluate", "export", "prune"]
 
 
 @click.command()
@@ -78,7 +55,7 @@ def prune(model: str, output: str, keep: tuple[str, ...], plan_file: str | None,
         values["ffn_keep"] = share
     options = made_options(room.PruneOptions, values, "prune")
     given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
-    bundle = _load(model, torch_device)
+    bundle = load(model, torch_device)
     calibration = None
     if data:
         calibration = calibration_set(DataOptions(train=data, seed=seed), bundle.tokenizer, bundle.anatomy.context)
@@ -87,7 +64,7 @@ def prune(model: str, output: str, keep: tuple[str, ...], plan_file: str | None,
         click.echo(json.dumps(made.to_json(), indent=2))
         return
     pruned, record = room.run(bundle, options, keep_plan=made)
-    _save(pruned, record, output, as_json)
+    save(pruned, record, output, as_json)
 
 
 def _read_json(path: str) -> Any:
@@ -119,33 +96,13 @@ def distill(
     from dwindle.data import DataOptions, training_set
 
     options = made_options(room.DistillOptions, values, "distill")
-    guide, student = _load(teacher, torch_device), _load(model, torch_device)
+    guide, student = load(teacher, torch_device), load(model, torch_device)
     train = training_set(DataOptions(train=data, seed=options.seed), student.tokenizer, student.anatomy.context)
     place = Path(output)
     work = place.with_name(f".{place.name}.work")
     trained, record = room.run(student, options, teacher=guide, train=train, folder=work)
-    _save(trained, record, output, as_json)
+    save(trained, record, output, as_json)
     shutil.rmtree(work, ignore_errors=True)
-
-
-@click.command()
-@model_option
-@output_option
-@click.option("--scheme", required=True, help="palettize (Core ML) or integer (ONNX Runtime and Core ML).")
-@click.option("--bits", help="Bits of a weight.")
-@click.option("--group-size", help="Rows that share a palette, or inputs that share a scale.")
-@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Layers left in float, as in '*.down_proj'.")
-@device_option
-@json_option
-def quantize(model: str, output: str, scheme: str, bits: str | None, group_size: str | None,
-             keep_float: tuple[str, ...], torch_device: str, as_json: bool) -> None:  # fmt: skip
-    """Quantize a model's weights; the packed result loads through transformers after `import dwindle`."""
-    from dwindle import quantize as room
-
-    values = {"scheme": scheme, "bits": bits, "group_size": group_size, "keep_float": keep_float}
-    options = made_options(room.QuantizeOptions, values, "quantize")
-    quantized, record = room.run(_load(model, torch_device), options)
-    _save(quantized, record, output, as_json)
 
 
 @click.command()
@@ -160,7 +117,7 @@ def export(model: str, output: str, formats: tuple[str, ...], context_length: st
 
     values = {"formats": formats, "context_length": context_length}
     options = made_options(room.ExportOptions, values, "export")
-    artifacts = room.run(_load(model), options, Path(output))
+    artifacts = room.run(load(model), options, Path(output))
     lines = []
     for a in artifacts:
         p = a.parity

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,11 +18,14 @@ __all__ = [
     "device_option",
     "emit",
     "json_option",
+    "load",
     "made_options",
     "model_option",
     "notify",
     "output_option",
+    "save",
     "seed_option",
+    "step_line",
     "teacher_option",
 ]
 
@@ -56,3 +61,30 @@ def made_options(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
     if problems:
         raise RecipeError("\n".join(problems))
     return made
+
+
+def load(name: str, torch_device: str = "cpu") -> Any:
+    """Return the bundle of a folder or id."""
+    from dwindle.bundle import ModelBundle
+
+    notify(f"loading {name}")
+    return ModelBundle.load(name, torch_device=torch_device)
+
+
+def step_line(record: Any) -> str:
+    """Return one line on a step: sizes before and after, and its time."""
+    before, after = record.before, record.after
+    return (
+        f"{record.name}: {before.parameters:,} -> {after.parameters:,} parameters, "
+        f"{before.bytes:,} -> {after.bytes:,} bytes, "
+        f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight, {record.seconds:.1f} s"
+    )
+
+
+def save(bundle: Any, record: Any, output: str, as_json: bool) -> None:
+    """Write the bundle and say what the step did."""
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun every process has the result; the first one writes it
+        return
+    bundle.save(Path(output))
+    skipped = "".join(f"\nNot done: {s.what}: {s.why}" for s in record.skipped)
+    emit(record.to_json(), f"{step_line(record)}{skipped}\nWritten: {output}", as_json)

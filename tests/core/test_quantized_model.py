@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from dwindle.bundle import ModelBundle
 from dwindle.errors import UnsupportedModel
 from dwindle.quantized_model import (
+    PackedModule,
     QuantizedEmbedding,
     QuantizedLinear,
     TiedHead,
@@ -133,6 +135,74 @@ def test_stock_from_pretrained_reads_stock_save_pretrained(tiny_bundle: Factory,
         assert {second.state_dict()[n].dtype for n in packed_buffer_names(second)} <= {torch.uint8, torch.float16}
 
 
+Maker = Callable[[tuple[int, int], torch.Generator], QuantizedWeight]
+
+
+def handmade_palettes(bits: int, rows: int | None, scaled: bool) -> Maker:
+    """Random indices into random palettes for `rows` output rows each; None: one palette for the tensor."""
+
+    def make(shape: tuple[int, int], g: torch.Generator) -> PalettizedWeight:
+        group = rows or shape[0]
+        indices = torch.randint(0, 2**bits, shape, generator=g).to(torch.uint8)
+        palettes = (torch.randn(shape[0] // group, 2**bits, generator=g) * 0.1).half()
+        scales = (torch.rand(shape[0], generator=g) + 0.5).half() if scaled else None
+        return PalettizedWeight(indices, palettes, bits, group, scales)
+
+    return make
+
+
+def handmade_integers(bits: int, inputs: int | None, kind: str) -> Maker:
+    """Random codes with a random scale for `inputs` inputs each; None: one for the row."""
+
+    def make(shape: tuple[int, int], g: torch.Generator) -> AffineWeight:
+        group = inputs or shape[1]
+        codes = torch.randint(0, 2**bits, shape, generator=g).to(torch.uint8)
+        scales = ((torch.rand(shape[0], shape[1] // group, generator=g) + 0.1) / 2**bits).half()
+        zeros = torch.randint(0, 2**bits, tuple(scales.shape), generator=g).to(torch.uint8)
+        return AffineWeight(codes, scales, zeros if kind == "asymmetric" else None, bits, group, kind == "balanced")
+
+    return make
+
+
+PALETTES = [handmade_palettes(*form) for form in product((1, 2, 3, 4, 6, 8), (8, 16, 32, None), (False, True))]
+INTEGERS = [
+    handmade_integers(*form) for form in product((2, 3, 4, 8), (16, 32, None), ("symmetric", "balanced", "asymmetric"))
+]
+TABLES = [
+    *(handmade_palettes(bits, None, False) for bits in (1, 2, 3, 4, 6, 8)),
+    *(handmade_integers(bits, None, "symmetric") for bits in (2, 3, 4, 8)),
+    handmade_integers(2, None, "balanced"),
+    handmade_palettes(4, 16, True),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TABLES)))
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_every_combination_of_formats_reloads_bit_for_bit(
+    family: str, number: int, tiny_bundle: Factory, tmp_path: Path
+) -> None:
+    """14 linears a model: twelve models of a family hold all 84 formats of linears, and each table once."""
+    from transformers import AutoModelForCausalLM
+
+    bundle = tiny_bundle(family, storage_dtype=torch.float16, num_key_value_heads=4)
+    model, anatomy, g = copy.deepcopy(bundle.model), bundle.anatomy, torch.Generator().manual_seed(number)
+    linears = [*PALETTES, *INTEGERS]
+    weights = {
+        name: linears[(number * 14 + index) % len(linears)](tuple(model.get_submodule(name).weight.shape), g)
+        for index, name in enumerate(anatomy.linear_names())
+    }
+    for name in [anatomy.embedding] + ([] if anatomy.tied else [anatomy.head]):
+        weights[name] = TABLES[number]((anatomy.vocab, anatomy.width), g)
+    apply_quantized_weights(model, weights, {anatomy.head: anatomy.embedding} if anatomy.tied else {})
+    packed_bundle = bundle.derive(model, "quantize", {}, {})
+    packed_bundle.save(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(again), logits(packed_bundle.model))
+    assert packed_specs(again) == packed_specs(packed_bundle.model)
+    bits = sum(8 * b.nbytes for m in again.modules() if isinstance(m, PackedModule) for b in m.packed().values())
+    assert bits == sum(weight.stored_bits for weight in weights.values())
+
+
 def test_tie_weights_is_harmless(tiny_bundle: Factory) -> None:
     model, _ = packed(tiny_bundle("llama"))
     before = logits(model)
@@ -148,11 +218,36 @@ def test_a_packed_model_generates(tiny_bundle: Factory) -> None:
 
 def test_rows_of_an_embedding_are_unpacked_alone() -> None:
     table = torch.randn(50, 12)
+    g = torch.Generator().manual_seed(0)
+    handmade = [make(tuple(table.shape), g)
+                for make in (handmade_palettes(4, None, False), handmade_palettes(8, 10, True),
+                             handmade_palettes(1, None, False), handmade_integers(2, 4, "balanced"))]  # fmt: skip
     for weight in (affine(table, 8, 12), affine(table, 4, 4), affine(table, 3, 12), affine(table, 4, 4, False),
-                   palettized(table, 2, 10)):  # fmt: skip
+                   palettized(table, 2, 10), *handmade):  # fmt: skip
         layer = QuantizedEmbedding.from_weight(weight, output_scale=3.0)
         ids = torch.tensor([[0, 49], [7, 7]])
         assert torch.equal(layer(ids), weight.dequantize()[ids] * 3.0)
+
+
+def test_a_lookup_never_rebuilds_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    for make in (handmade_palettes(4, None, False), handmade_palettes(4, 10, True), handmade_integers(8, None, "x")):
+        layer = QuantizedEmbedding.from_weight(make((50, 12), g))
+        monkeypatch.setattr(layer, "quantized_weight", lambda: pytest.fail("the whole table was unpacked"))
+        assert layer(torch.tensor([3, 4])).shape == (2, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_codes_stand_where_the_model_does(tiny_bundle: Factory) -> None:
+    bundle = tiny_bundle("mistral")
+    on_host, weights = packed(bundle)
+    model = copy.deepcopy(bundle.model).cuda()
+    apply_quantized_weights(model, weights, {})
+    assert {buffer.device.type for name, buffer in model.named_buffers() if "inv_freq" not in name} == {"cuda"}
+    with torch.inference_mode():
+        found = model(torch.arange(24, device="cuda").view(2, 12)).logits.cpu()
+    assert torch.allclose(found, logits(on_host), atol=1e-3)
 
 
 def test_linear_with_bias() -> None:

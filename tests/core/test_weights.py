@@ -18,12 +18,14 @@ from dwindle.weights import (
 )
 
 
-def affine(bits: int = 4, group_size: int = 4, symmetric: bool = True, seed: int = 0, outputs: int = 6) -> AffineWeight:
+def affine(
+    bits: int = 4, group_size: int = 4, symmetric: bool = True, seed: int = 0, outputs: int = 6, balanced: bool = False
+) -> AffineWeight:
     g = torch.Generator().manual_seed(seed)
     groups = 12 // group_size
     codes = torch.randint(0, 2**bits, (outputs, 12), generator=g).to(torch.uint8)
     zeros = None if symmetric else torch.randint(0, 2**bits, (outputs, groups), generator=g).to(torch.uint8)
-    return AffineWeight(codes, torch.rand(outputs, groups, generator=g).half(), zeros, bits, group_size)
+    return AffineWeight(codes, torch.rand(outputs, groups, generator=g).half(), zeros, bits, group_size, balanced)
 
 
 def palettized(bits: int = 4, group_size: int = 2, scaled: bool = False, seed: int = 0) -> PalettizedWeight:
@@ -44,6 +46,25 @@ def test_affine_arithmetic_is_one_float32_product() -> None:
                 assert weight.dequantize()[o, i] == difference * weight.scales[o, i // 4].float()
 
 
+def test_balanced_codes_are_centred_half_way() -> None:
+    weight = AffineWeight(
+        torch.arange(4, dtype=torch.uint8).view(1, 4), torch.full((1, 1), 0.25).half(), None, 2, 4, balanced=True
+    )
+    assert weight.dequantize().tolist() == [[-0.375, -0.125, 0.125, 0.375]]
+    assert weight.spec()["balanced"] is True
+    assert weight.stored_bits == 4 * 2 + 16
+    for bits in (2, 3, 4, 8):
+        weight = affine(bits, balanced=True)
+        numbers = (weight.codes.float() - (2**bits - 1) / 2).view(6, 3, 4)
+        assert torch.equal(weight.dequantize().view(6, 3, 4), numbers * weight.scales.float()[..., None])
+
+
+def test_a_spec_written_before_balanced_codes_reads_on() -> None:
+    weight = affine()
+    assert "balanced" not in weight.spec()
+    assert not weight_from_tensors(weight.to_tensors(), weight.spec()).spec().get("balanced")
+
+
 def test_palettized_arithmetic() -> None:
     for scaled in (False, True):
         weight = palettized(scaled=scaled)
@@ -60,6 +81,7 @@ def test_palettized_arithmetic() -> None:
 )
 def test_affine_round_trip(bits: int, group_size: int, symmetric: bool, seed: int) -> None:
     check_round_trip(affine(bits, group_size, symmetric, seed))
+    check_round_trip(affine(bits, group_size, True, seed, balanced=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +126,8 @@ def test_all_damaged_tensors_are_named() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"group_size": 5}, {"group_size": 6}, {"bits": 9}, {"scales": torch.zeros(6, 3)}, {"codes": torch.zeros(6, 12)},
-     {"zero_points": torch.zeros(6, 2, dtype=torch.uint8)}],
+     {"zero_points": torch.zeros(6, 2, dtype=torch.uint8)},
+     {"zero_points": torch.zeros(6, 3, dtype=torch.uint8), "balanced": True}],
 )  # fmt: skip
 def test_fields_that_do_not_belong_together(changes: dict[str, Any]) -> None:
     weight = affine()

@@ -41,13 +41,14 @@ def palettes(shape: tuple[int, int], bits: int, rows: int, *, scaled: bool = Fal
     return PalettizedWeight(indices, table, bits, rows, scales)
 
 
-def integers(shape: tuple[int, int], bits: int, group: int, *, symmetric: bool = True, seed: int = 0) -> AffineWeight:
+def integers(shape: tuple[int, int], bits: int, group: int, *, symmetric: bool = True, balanced: bool = False,
+             seed: int = 0) -> AffineWeight:  # fmt: skip
     """Return random codes over their whole range, with random scales and, if asymmetric, zero points."""
     made = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=made)
     scales = ((torch.rand((shape[0], shape[1] // group), generator=made) + 0.5) / 2**bits * 0.4).half()
     zeros = torch.randint(0, 2**bits, tuple(scales.shape), dtype=torch.uint8, generator=made)
-    return AffineWeight(codes, scales, None if symmetric else zeros, bits, group)
+    return AffineWeight(codes, scales, None if symmetric else zeros, bits, group, balanced)
 
 
 Carried = tuple[Any, dict[str, QuantizedWeight], Path, CoreMLInfo]
@@ -78,6 +79,32 @@ def packed(bundle: Any) -> dict[str, QuantizedWeight]:
     return weights
 
 
+def packed_narrowly(bundle: Any) -> dict[str, QuantizedWeight]:
+    """Give a tiny bundle what is looked up before it is scaled, and a palettized table; return it by module name."""
+    anatomy = bundle.anatomy
+    makers: list[Callable[[tuple[int, int]], QuantizedWeight]] = [
+        lambda shape: integers(shape, 2, 16),
+        lambda shape: integers(shape, 2, 16, balanced=True),
+        lambda shape: integers(shape, 2, 16, symmetric=False),
+        lambda shape: integers(shape, 3, 32),
+        lambda shape: integers(shape, 3, 32, balanced=True),
+        lambda shape: integers(shape, 3, shape[1], symmetric=False),
+        lambda shape: integers(shape, 4, 16, balanced=True),
+        lambda shape: integers(shape, 8, shape[1], balanced=True),
+        lambda shape: integers(shape, 8, 16, symmetric=False),
+        lambda shape: palettes(shape, 2, 8, scaled=True),
+        lambda shape: palettes(shape, 3, shape[0], scaled=True),
+        lambda shape: palettes(shape, 6, 32),
+        lambda shape: palettes(shape, 2, 32),
+        lambda shape: integers(shape, 4, 8),
+    ]
+    weights = {name: make(tuple(bundle.model.get_submodule(name).weight.shape))
+               for name, make in zip(anatomy.linear_names(), makers, strict=True)}  # fmt: skip
+    weights[anatomy.embedding] = palettes((anatomy.vocab, anatomy.width), 4, anatomy.vocab, seed=7)
+    apply_quantized_weights(bundle.model, weights, {anatomy.head: anatomy.embedding})
+    return weights
+
+
 def _parity(bundle: Any, folder: Path, steps: int = 8) -> Any:
     runner = CoreMLEvaluatorRunner(folder)
     return decode_parity(bundle, runner, parity_prompts(bundle, 2, 12), steps, LIMITS, runner.executed_by)
@@ -92,10 +119,19 @@ def carried(tiny_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     return bundle, weights, folder, export_coreml(bundle, folder, ExportOptions())
 
 
-def test_codes_and_tables_are_ours_bit_for_bit(carried: Carried) -> None:
-    _, weights, folder, _ = carried
+@pytest.fixture(scope="module")
+def carried_narrowly(tiny_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Carried:
+    """A tied Llama with `packed_narrowly`, and its package."""
+    bundle = tiny_bundle("llama", storage_dtype=torch.float16)
+    weights = packed_narrowly(bundle)
+    folder = tmp_path_factory.mktemp("narrow")
+    return bundle, weights, folder, export_coreml(bundle, folder, ExportOptions())
+
+
+@pytest.mark.parametrize("form", ["carried", "carried_narrowly"])
+def test_codes_and_tables_are_ours_bit_for_bit(form: str, request: pytest.FixtureRequest) -> None:
+    _, weights, folder, _ = request.getfixturevalue(form)
     stored = MilProgram.load(folder / PACKAGE).constants
-    found = 0
     for name, weight in weights.items():
         ours = {key.split("weight_")[-1]: value for key, value in stored.items() if key.startswith(_spelled(name))}
         if isinstance(weight, PalettizedWeight):
@@ -104,14 +140,38 @@ def test_codes_and_tables_are_ours_bit_for_bit(carried: Carried) -> None:
             assert np.array_equal(lut, weight.palettes.float().numpy())
             if weight.row_scales is not None:
                 assert np.array_equal(ours["scaled"]["scale"][:, 0], weight.row_scales.float().numpy())
+            continue
+        if "codes" in ours:
+            assert np.array_equal(ours["codes"]["indices"], weight.codes.numpy())
+            numbers = np.arange(2**weight.bits) - (weight.centre if weight.symmetric else 0)
+            assert np.array_equal(ours["codes"]["lut"].reshape(-1), numbers)
         else:
             zero = 0 if weight.zero_points is not None else 2 ** (weight.bits - 1)
             assert np.array_equal(ours["integers"]["data"].astype(int) + zero, weight.codes.numpy())
-            assert np.array_equal(ours["integers"]["scale"], weight.scales.float().numpy())
-            if weight.zero_points is not None:
-                assert np.array_equal(ours["integers"]["offset"], weight.zero_points.numpy())
-        found += 1
-    assert found == len(weights) == 15
+        assert np.array_equal(ours["integers"]["scale"], weight.scales.float().numpy())
+        if weight.zero_points is not None:
+            assert np.array_equal(ours["integers"]["offset"], weight.zero_points.numpy())
+    assert len(weights) == 15
+
+
+def test_narrow_and_balanced_codes_decode_like_the_measured_model(carried_narrowly: Carried) -> None:
+    bundle, weights, folder, info = carried_narrowly
+    parity = _parity(bundle, folder)
+    assert parity.passed, parity
+    assert "8 weights are integers of 2 or 3 bits" in " ".join(info.notes)
+    codes = sum(weight.stored_bits for weight in weights.values()) // 8
+    zero_points_as_bytes = sum(w.scales.numel() for w in weights.values()
+                               if isinstance(w, AffineWeight) and not w.symmetric)  # fmt: skip
+    per_constant, tables = 128 * 100, 2 * 2 * 64 * 8
+    assert codes < info.weight_bytes < codes + zero_points_as_bytes + per_constant + tables
+
+
+def test_the_table_of_formats_is_what_is_written_here() -> None:
+    from dwindle.quantize import RUNTIMES
+
+    formats = RUNTIMES["coreml"]
+    assert formats.palette_bits == formats.embedding_palette_bits == coreml_weights.PALETTE_BITS
+    assert formats.integer_bits == formats.balanced_bits == formats.embedding_bits == coreml_weights.AFFINE_BITS
 
 
 def _spelled(name: str) -> str:
@@ -260,7 +320,7 @@ def test_widths_core_ml_does_not_store_are_refused_all_at_once(tiny_bundle: Call
     bundle = tiny_bundle("llama")
     parts = bundle.anatomy.parts(0)
     weights = {parts["q"]: palettes((32, 32), 5, 16), parts["o"]: palettes((32, 32), 7, 16),
-               parts["up"]: integers((64, 32), 2, 32)}  # fmt: skip
+               parts["up"]: integers((64, 32), 6, 32)}  # fmt: skip
     apply_quantized_weights(bundle.model, weights, {})
     with pytest.raises(RecipeError) as refusal:
         export_coreml(bundle, tmp_path, ExportOptions())
@@ -269,7 +329,7 @@ def test_widths_core_ml_does_not_store_are_refused_all_at_once(tiny_bundle: Call
     assert "model.layers.0.self_attn.q_proj (5 bits), model.layers.0.self_attn.o_proj (7 bits)" in message
     assert "1, 2, 3, 4, 6, 8" in message
     assert "1 affine weights" in message
-    assert "model.layers.0.mlp.up_proj (2 bits)" in message
+    assert "model.layers.0.mlp.up_proj (6 bits)" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -26,12 +26,16 @@ FLOAT32 = ExportOptions(formats=("onnx",))
 INT8 = ExportOptions(formats=("onnx",), activations="int8")
 
 
-def affine(weight: torch.Tensor, bits: int, group: int, *, symmetric: bool = True) -> AffineWeight:
+def affine(weight: torch.Tensor, bits: int, group: int, *, symmetric: bool = True,
+           balanced: bool = False) -> AffineWeight:  # fmt: skip
     """Round to nearest; good enough for a test of packing."""
     outputs, inputs = weight.shape
     grouped = weight.detach().view(outputs, inputs // group, group)
     top = 2**bits - 1
-    if symmetric:
+    if balanced:
+        scales = (grouped.abs().amax(-1) / (top / 2)).clamp(min=1e-4).half()
+        zeros = torch.full(scales.shape, top / 2)
+    elif symmetric:
         scales = (grouped.abs().amax(-1) / max(1, 2 ** (bits - 1) - 1)).clamp(min=1e-4).half()
         zeros = torch.full(scales.shape, 2.0 ** (bits - 1))
     else:
@@ -39,18 +43,20 @@ def affine(weight: torch.Tensor, bits: int, group: int, *, symmetric: bool = Tru
         scales = ((high - low) / top).clamp(min=1e-4).half()
         zeros = (-low / scales.float()).round().clamp(0, top)
     codes = (grouped / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top).to(torch.uint8)
-    return AffineWeight(codes.view(outputs, inputs), scales, None if symmetric else zeros.to(torch.uint8), bits, group)
+    stored = None if symmetric or balanced else zeros.to(torch.uint8)
+    return AffineWeight(codes.view(outputs, inputs), scales, stored, bits, group, balanced)
 
 
 def quantize(bundle: Any, bits: int = 4, group: int = 32, embedding_bits: int | None = 8, *,
-             symmetric: bool = True) -> Any:  # fmt: skip
+             symmetric: bool = True, balanced: bool = False) -> Any:  # fmt: skip
     weights, anatomy = {}, bundle.anatomy
     for name in anatomy.linear_names():
         dense = bundle.model.get_submodule(name).weight
-        weights[name] = affine(dense, bits, group or dense.shape[1], symmetric=symmetric)
+        weights[name] = affine(dense, bits, group or dense.shape[1], symmetric=symmetric, balanced=balanced)
     if embedding_bits:
         table = bundle.model.get_submodule(anatomy.embedding).weight
-        weights[anatomy.embedding] = affine(table, embedding_bits, table.shape[1], symmetric=symmetric)
+        weights[anatomy.embedding] = affine(table, embedding_bits, table.shape[1], symmetric=symmetric,
+                                            balanced=balanced)  # fmt: skip
     tied = {anatomy.head: anatomy.embedding} if anatomy.tied and embedding_bits else {}
     apply_quantized_weights(bundle.model, weights, tied)
     return bundle
@@ -95,6 +101,68 @@ def test_every_bit_width_is_exact(bits: int, symmetric: bool, tiny_bundle: Calla
     bundle = quantize(tiny_bundle("llama"), bits=bits, group=32, symmetric=symmetric)
     parity = parity_of(bundle, tmp_path)
     assert parity.passed, parity
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 0])
+def test_balanced_codes_are_exact(bits: int, group: int, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    """Per group and per channel with padding (44 inputs); table and head of the same bits, tied."""
+    bundle = tiny_bundle("llama") if group else tiny_bundle("llama", intermediate_size=44)
+    parity = parity_of(quantize(bundle, bits=bits, group=group, embedding_bits=bits, balanced=True), tmp_path)
+    assert parity.passed, parity
+
+
+def test_every_layer_may_have_its_own_bits(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = tiny_bundle("mistral")
+    anatomy, weights = bundle.anatomy, {}
+    for index, name in enumerate([*anatomy.linear_names(), anatomy.embedding, anatomy.head]):
+        dense, kind = bundle.model.get_submodule(name).weight, index % 3
+        weights[name] = affine(dense, (2, 4, 8)[kind], dense.shape[1] if index % 2 else 16,
+                               symmetric=index % 4 != 1, balanced=index % 4 == 2)  # fmt: skip
+    apply_quantized_weights(bundle.model, weights, {})
+    parity = parity_of(bundle, tmp_path)
+    assert parity.passed, parity
+    kinds = {a.i for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "MatMulNBits"
+             for a in n.attribute if a.name == "bits"}  # fmt: skip
+    assert kinds == {2, 4}
+
+
+def test_two_bits_are_stored_as_two(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    """The codes as they are, packed four a byte; zero points of one value take no bytes in the file."""
+    for balanced in (True, False):
+        bundle = quantize(tiny_bundle("llama"), bits=2, group=16, balanced=balanced)
+        export_onnx(bundle, tmp_path, FLOAT32)
+        stored = {i.name: i for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+        for name, weight in quantized_weights(bundle.model).items():
+            if name != bundle.anatomy.embedding:
+                data = numpy_helper.to_array(stored[f"{name}.weight_Q2"])
+                assert np.array_equal(unpacked(data.reshape(len(data), -1), 2), weight.codes.numpy())
+        assert not any("zero_points" in name for name in stored)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_int8_activations_stay_near_in_every_form(
+    bits: int, balanced: bool, tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    parity = parity_of(quantize(tiny_bundle("llama"), bits=bits, balanced=balanced), tmp_path, INT8)
+    assert parity.max_abs_logit_error <= 0.05 * parity.limits["max_abs_logit"], parity
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_the_runtime_itself_refuses_other_widths(bits: int, tmp_path: Path) -> None:
+    """`formats.RUNTIMES` says so; should a later runtime take 3 bits, this fails and the table can grow."""
+    import onnxruntime
+
+    with GraphBuilder(tmp_path / "m.onnx", external_data=False) as graph:
+        x = graph.input("x", onnx.TensorProto.FLOAT, ["t", 32])
+        data = graph.weight("data", lambda: torch.zeros(4, 1, 4 * bits, dtype=torch.uint8))
+        y = graph.op("MatMulNBits", x, data, graph.weight("scales", lambda: torch.ones(4, 1)), domain="com.microsoft",
+                     K=32, N=4, bits=bits, block_size=32)  # fmt: skip
+        graph.output(y, "y", 1, ["t", 4])
+        graph.save({})
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="nbits"):
+        onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize(("width", "ffn", "group"), [(32, 64, 16), (64, 128, 64), (32, 44, None), (40, 72, None)])

@@ -92,3 +92,23 @@ def test_rows_are_coded_alike_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     whole = round_to_nearest(weight, 4, 32)
     monkeypatch.setattr("dwindle.quantize.integers._CHUNK_WEIGHTS", 200)
     assert torch.equal(round_to_nearest(weight, 4, 32).codes, whole.codes)
+
+
+def test_balanced_codes_have_their_own_levels() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    coded = round_to_nearest(weight, 2, 16, balanced=True)
+    levels = (coded.dequantize().view(16, 4, 16) / coded.scales.float()[..., None]).unique()
+    assert torch.allclose(levels, torch.tensor([-1.5, -0.5, 0.5, 1.5]), atol=1e-3)
+    nearest = (weight.view(16, 4, 16, 1) - coded.scales.float()[..., None, None] * levels).abs().argmin(3)
+    assert torch.equal(coded.codes.view(16, 4, 16).long(), nearest)
+    assert errors(weight, bits=2, group_size=16, balanced=True).sum() < errors(weight, bits=2, group_size=16).sum()
+
+
+def test_importance_weighs_the_errors() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(4)) ** 4
+    plain, weighted = round_to_nearest(weight, 3, 32), round_to_nearest(weight, 3, 32, importance=importance)
+    found = [((c.dequantize() - weight).square() * importance).sum() for c in (plain, weighted)]
+    assert found[1] < 0.95 * found[0]
+    alike = round_to_nearest(weight, 3, 32, importance=torch.full((16, 64), 2.0))
+    assert torch.equal(alike.codes, plain.codes)

@@ -88,15 +88,16 @@ def test_record_has_a_line_per_layer(tiny_bundle: Factory) -> None:
 def test_every_layer_that_does_not_divide_is_named(tiny_bundle: Factory) -> None:
     bundle = tiny_bundle("llama", intermediate_size=44)
     with pytest.raises(RecipeError) as caught:
-        run(bundle, QuantizeOptions())
+        run(bundle, QuantizeOptions(group_size=16))
     assert str(caught.value) == (
         "quantize: 4 of 14 layers have a number of output rows not divisible by group_size=16: "
         "model.layers.0.mlp.gate_proj (44), model.layers.0.mlp.up_proj (44), model.layers.1.mlp.gate_proj (44), "
-        "model.layers.1.mlp.up_proj (44). Set group_size=4, or list them under quantize.keep_float."
+        "model.layers.1.mlp.up_proj (44). Set group_size to one of 2, 4, tensor, leave it out (each layer then takes "
+        "the nearest size that divides it), or list them under quantize.keep_float."
     )
     with pytest.raises(RecipeError, match=r"2 of 14 layers have an input width .* model.layers.1.mlp.down_proj \(44\)"):
-        run(bundle, QuantizeOptions(scheme="integer"))
-    run(bundle, QuantizeOptions(group_size=4))
+        run(bundle, QuantizeOptions(scheme="integer", group_size=32))
+    run(bundle, QuantizeOptions())
     run(bundle, QuantizeOptions(group_size="tensor"))
     run(bundle, QuantizeOptions(scheme="integer", group_size="channel"))
 
@@ -145,7 +146,7 @@ def test_weights_beyond_fp16_are_named(tiny_bundle: Factory) -> None:
     bundle = tiny_bundle("llama")
     bundle.model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = 1e5
     bundle.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(RecipeError, match=r"2 of 15 layers .*q_proj \(1e\+05\), model.layers.1.mlp.up_proj \(not fini"):
+    with pytest.raises(RecipeError, match=r"2 of 20 tensors .*q_proj.weight \(1e\+05\), .*up_proj.weight \(not fini"):
         run(bundle, QuantizeOptions())
 
 

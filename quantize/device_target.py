@@ -1,0 +1,180 @@
+"""The byte target that a device sets: what one app may use of its memory, less all that is not weights. Torch-free.
+
+`dwindle.devices` estimates the peak memory of a model as
+
+    weights x copies + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
+
+Solved for the weights at the middle of every range, with the memory an app may use without asking (`memory.default`
+of the profile), that is the target. A device also decides the format: a plan may only use bits that its runtime
+executes there, which is the common part of what the runtime carries anywhere (`formats`) and what the profile lists.
+
+An estimate with a range stays one: the explanation names both ends, and `dwindle validate` measures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, MEMORY_COSTS, UNMEASURED_MEMORY_COST, MemoryCost
+from dwindle.errors import DoesNotFit, RecipeError
+from dwindle.quantize.formats import carried_bits
+
+if TYPE_CHECKING:
+    from dwindle.anatomy import Anatomy
+    from dwindle.devices.device_profile import DeviceProfile
+    from dwindle.quantize.options import QuantizeOptions
+
+__all__ = ["CONTEXT_TOKENS", "DeviceTarget", "device_target"]
+
+CONTEXT_TOKENS = 4096
+"""Tokens that the KV cache is sized for where nobody states a number; fewer if the model takes fewer."""
+_CACHE_BYTES = 2
+"""Bytes of a number in the KV cache: fp16."""
+_FORMAT_NAMES = {("coreai", "neural-engine"): "coreai-engine"}
+"""(runtime, compute unit) -> name in `formats.RUNTIMES`, where it is not the runtime's."""
+_WIDEST = {"palettize": "palette", "integer": "int"}
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """What `target=NAME` stands for. `explanation` says in lines how it came about."""
+
+    target_bytes: int
+    """The whole model may take so many."""
+    runtimes: tuple[str, ...]
+    """Names in `formats.RUNTIMES`."""
+    allowed_bits: tuple[int, ...]
+    """Bits per linear that the runtimes execute on this device."""
+    explanation: tuple[str, ...]
+
+
+def device_target(
+    profile: DeviceProfile, anatomy: Anatomy, options: QuantizeOptions, context: int | None = None
+) -> DeviceTarget:
+    """Return the target of a model on a device; the KV cache is sized for `context` tokens.
+
+    The runtimes are those of the options, or the first of the profile that carries the options' scheme. Raises
+    RecipeError if the device has none, or none of their bits in common with the options; DoesNotFit if no memory is
+    left for weights.
+    """
+    tokens = min(CONTEXT_TOKENS, anatomy.context) if context is None else context
+    if not 1 <= tokens <= anatomy.context:
+        raise RecipeError(f"quantize: a context of {tokens:,} tokens (needed: 1 to {anatomy.context:,}, what the model "
+                          "takes).")  # fmt: skip
+    allowed = _allowed_bits(profile, options)
+    chosen = tuple(allowed) if options.runtimes else tuple(allowed)[:1]
+    common = tuple(sorted(set.intersection(*(set(allowed[name]) for name in chosen))))
+    if not common:
+        each = "; ".join(f"{name} takes {', '.join(map(str, allowed[name]))}" for name in chosen)
+        raise RecipeError(
+            f"quantize: no bits are carried by all runtimes on {profile.title} ({each}). Change runtimes or "
+            "allowed_bits, or use a target per runtime."
+        )
+    sizes = [_weight_bytes(profile, anatomy, name, tokens) for name in chosen]
+    name, (low, middle, high) = min(zip(chosen, sizes, strict=True), key=lambda item: item[1][1])
+    if middle < 1:
+        raise DoesNotFit(
+            f"quantize: {profile.title} leaves no memory for weights: {_megabytes(_memory(profile))} for an app, and "
+            f"the KV cache of {tokens:,} tokens with {name}'s own needs take more. Lower the context."
+        )
+    lines = _explanation(profile, anatomy, name, tokens, middle)
+    lines.append(f"between {_megabytes(low)} and {_megabytes(high)} over the range of these estimates; "
+                 f"bits {', '.join(map(str, common))}")  # fmt: skip
+    formats = tuple(_format_name(profile, runtime) for runtime in chosen)
+    return DeviceTarget(middle, formats, common, tuple(lines))
+
+
+def _allowed_bits(profile: DeviceProfile, options: QuantizeOptions) -> dict[str, tuple[int, ...]]:
+    """Return runtime of the profile -> bits that scheme, options, runtime and device agree on; never none."""
+    from dataclasses import replace
+
+    found, refused = {}, []
+    present = {_format_name(profile, runtime): runtime for runtime in profile.runtimes}
+    wanted = options.runtimes or tuple(present)
+    for name in wanted:
+        if name not in present:
+            refused.append(f"{name} does not run there")
+            continue
+        try:
+            bits = carried_bits(replace(options, runtimes=(name,)))
+        except RecipeError:
+            bits = ()
+        listed = profile.runtimes[present[name]].weight_formats
+        kept = tuple(b for b in bits if f"{_WIDEST[options.scheme]}{b}" in listed)
+        if kept:
+            found[present[name]] = kept
+        else:
+            refused.append(f"{name} takes {', '.join(listed)}")
+    if not found or (options.runtimes and refused):
+        asked = f"scheme={options.scheme}"
+        if options.allowed_bits:
+            asked += f" with allowed_bits={list(options.allowed_bits)}"
+        raise RecipeError(
+            f"quantize: {profile.title} cannot carry {asked}: {'; '.join(refused)}. It runs {', '.join(present)}. "
+            "Change scheme, allowed_bits or runtimes."
+        )
+    return found
+
+
+def _format_name(profile: DeviceProfile, runtime: str) -> str:
+    return _FORMAT_NAMES.get((runtime, profile.runtimes[runtime].unit), runtime)
+
+
+def _memory(profile: DeviceProfile) -> float:
+    return profile.memory.default.at()
+
+
+def _cost(runtime: str) -> MemoryCost:
+    return MEMORY_COSTS.get(runtime, UNMEASURED_MEMORY_COST)
+
+
+def _cache_bytes(anatomy: Anatomy, tokens: int) -> int:
+    return 2 * anatomy.layers * anatomy.kv_heads * anatomy.head_dim * _CACHE_BYTES * tokens
+
+
+def _logit_bytes(anatomy: Anatomy, tokens: int) -> int:
+    return 4 * min(DEFAULT_PROMPT_TOKENS, tokens) * anatomy.vocab
+
+
+def _weight_bytes(profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int) -> tuple[int, int, int]:
+    """Return the bytes left for weights if everything else is dear, in the middle, and cheap."""
+    cost = _cost(runtime)
+    low, middle, high = (
+        math.floor(
+            (
+                _memory(profile)
+                - cost.cache_copies[end] * _cache_bytes(anatomy, tokens)
+                - cost.logit_copies[end] * _logit_bytes(anatomy, tokens)
+                - cost.fixed_bytes[end]
+            )
+            / cost.weight_copies[end]
+        )
+        for end in (2, 1, 0)
+    )
+    return low, middle, high
+
+
+def _explanation(profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, weights: int) -> list[str]:
+    cost = _cost(runtime)
+    cache = cost.cache_copies[1] * _cache_bytes(anatomy, tokens)
+    logits = cost.logit_copies[1] * _logit_bytes(anatomy, tokens)
+    known = "measured" if runtime in MEMORY_COSTS else "estimated"
+    return [
+        f"{profile.title}, {runtime} from {profile.runtimes[runtime].minimum_os} on",
+        f"{_megabytes(_memory(profile))} that one app may use ({profile.memory.default.trust})",
+        f"less {_megabytes(cache)} for the KV cache of {tokens:,} tokens",
+        f"less {_megabytes(logits)} for logits and {_megabytes(cost.fixed_bytes[1])} for the runtime",
+        f"divided by {cost.weight_copies[1]:g} copies of the weights ({known})",
+        f"leaves {_megabytes(weights)} for the model",
+    ]
+
+
+def _megabytes(count: float) -> str:
+    """Return a size as people write it.
+
+    >>> _megabytes(3.5e9), _megabytes(524_288)
+    ('3.50 GB', '0.5 MB')
+    """
+    return f"{count / 1e9:.2f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.1f} MB"
