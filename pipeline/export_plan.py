@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwindle.errors import RecipeError
 from dwindle.export import ExportOptions
-from dwindle.quantize import QuantizeOptions, check
+from dwindle.quantize import QuantizeOptions, check, check_runtimes
 
 if TYPE_CHECKING:
     from dwindle.pipeline.recipe import Recipe
@@ -83,6 +83,8 @@ def planned_exports(recipe: Recipe) -> tuple[ExportPlan, ...]:
     for index, step in enumerate(recipe.steps):
         if step.name == "quantize":
             ends = {variant: recipe.options[index, variant] for variant in step.variants}
+            for options in ends.values():
+                check_runtimes(options)
         if step.name == "export":
             return plan_exports(recipe.options[index, None], ends)
     return ()

@@ -211,7 +211,7 @@ class _Line:
             return prune.run(bundle, options, self.data.calibration)
         if name == "distill":
             return distill.run(bundle, options, teacher=self.teacher, train=self.data.train, folder=work)
-        return quantize.run(bundle, options, self.data.calibration)
+        return quantize.run(bundle, options, self.data.calibration, train=self.data.train, folder=work)
 
     # -- export and validate -------------------------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dwindle.quantize.bit_plan import BitPlan as BitPlan
+    from dwindle.quantize.folder_step import plan_folder as plan_folder
+    from dwindle.quantize.folder_step import run_folder as run_folder
     from dwindle.quantize.formats import RUNTIMES as RUNTIMES
     from dwindle.quantize.formats import check as check
+    from dwindle.quantize.formats import check_runtimes as check_runtimes
     from dwindle.quantize.options import QuantizeOptions as QuantizeOptions
     from dwindle.quantize.planning import plan as plan
-    from dwindle.quantize.run_folder import plan_folder as plan_folder
-    from dwindle.quantize.run_folder import run_folder as run_folder
     from dwindle.quantize.step import run as run
 
 _HOMES = {
@@ -25,10 +26,11 @@ _HOMES = {
     "RUNTIMES": "formats",
     "QuantizeOptions": "options",
     "check": "formats",
+    "check_runtimes": "formats",
     "plan": "planning",
-    "plan_folder": "run_folder",
+    "plan_folder": "folder_step",
     "run": "step",
-    "run_folder": "run_folder",
+    "run_folder": "folder_step",
 }
 __all__ = [*_HOMES]
 

@@ -1,7 +1,7 @@
 """From a plan to the codes of a model in memory: the method's walk, then what learns across blocks, then the tables.
 
     awq        scales the norms first (an equal model), then goes on as gptq
-    learned    starts from lnq or gptq, learns each block, then all blocks at once
+    learned    starts from lnq or gptq, and learns how the weights of all blocks round together
     qat        starts from lnq or gptq and trains the weights
     any        with tune_steps, palettes and scales follow the unquantized model last
 
@@ -24,9 +24,10 @@ from dwindle.quantize.calibration import forward_walk
 from dwindle.quantize.coded_walk import coded_walk
 from dwindle.quantize.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.layer_plan import LayerPlan
-from dwindle.quantize.learned import Descent, learn_blocks, learn_jointly
+from dwindle.quantize.learned import Descent, learn_jointly
 from dwindle.quantize.methods import layer_coder, layerwise_method, walk_of
 from dwindle.quantize.options import QuantizeOptions
+from dwindle.quantize.own_text import own_text
 from dwindle.quantize.qat import quantization_aware_training
 from dwindle.quantize.tune import tune_tables
 from dwindle.token_set import TokenSet
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Coded", "code_model"]
 
 
+_OWN_WINDOWS = 3
+"""Windows of the model's own text for each calibration window, where no number is given."""
 _PASSES = 16
 """Passes of qat over the calibration windows, where there is no training text."""
 
@@ -115,12 +118,20 @@ def _learned(
     bundle: ModelBundle, plan: LayerPlan, start: Mapping[str, QuantizedWeight], ids: Tensor, options: QuantizeOptions,
     told: dict[str, Any],
 ) -> dict[str, QuantizedWeight]:  # fmt: skip
-    linears, descent = set(bundle.anatomy.linear_names()), Descent.of(options)
-    blocks = InMemoryBlocks(bundle)
+    linears = set(bundle.anatomy.linear_names())
     own = {layer.name: start[layer.name] for layer in plan.layers if layer.name in linears}
-    learned = learn_jointly(blocks, learn_blocks(blocks, own, ids, descent), ids, descent)
-    told["learned"] = {"first_kl": learned.first_loss, "last_kl": learned.last_loss}
+    text = _with_own_text(bundle, ids, options)
+    learned = learn_jointly(InMemoryBlocks(bundle), own, text, Descent.of(options, "adamw"))
+    told["learned"] = {"first_kl": learned.first_loss, "last_kl": learned.last_loss, "windows": len(text)}
     return learned.weights
+
+
+def _with_own_text(bundle: ModelBundle, ids: Tensor, options: QuantizeOptions) -> Tensor:
+    """Return the calibration windows mixed with those the model writes; what is held back is drawn from both."""
+    ids = ids.to("cpu", torch.long)
+    windows = _OWN_WINDOWS * len(ids) if options.own_windows is None else options.own_windows
+    both = torch.cat([ids, own_text(bundle, ids, windows, options.seed)]) if windows else ids
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(options.seed))]
 
 
 def _equalized(bundle: ModelBundle, plan: LayerPlan, ids: Tensor) -> tuple[ModelBundle, dict[str, float]]:

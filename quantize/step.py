@@ -45,10 +45,11 @@ def run(
 ) -> tuple[ModelBundle, StepRecord]:
     """Return the packed bundle and its record (sizes only; a `Meter` fills in quality).
 
-    `plan` is applied as it is; without one it is made (`planning`). `train` is the text of method=qat, whose log and
-    checkpoints go to `folder`. `details["layers"]` has per module: name, kind, bits, group_size, bytes,
-    bits_per_weight and relative_mse = |W - W'|^2 / |W|^2; `details["plan"]` is the plan as JSON. Raises RecipeError,
-    before any work, for a quantized bundle, for layers that the format does not fit, and for a method without its text.
+    `plan` is applied as it is; without one it is made (`planning`). `train` is the text of method=qat (the
+    calibration text if None), whose log and checkpoints go to `folder`. `details["layers"]` has per module: name, kind,
+    bits, group_size, bytes, bits_per_weight and relative_mse = |W - W'|^2 / |W|^2; `details["plan"]` is the plan as
+    JSON. Raises RecipeError, before any work, for a quantized bundle, for layers that the format does not fit, and for
+    a method without its text.
     """
     if calibration is not None:
         calibration.require("calibration")

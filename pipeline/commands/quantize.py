@@ -69,7 +69,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     choose. Checkpoints of 500M parameters and more are worked on block by block.
     """
     from dwindle import quantize as room
-    from dwindle.quantize.run_folder import STREAMED_PARAMETERS
+    from dwindle.quantize.folder_step import STREAMED_PARAMETERS
     from dwindle.quantize.weight_source import WeightSource
 
     options = made_options(room.QuantizeOptions, {**values, "seed": seed, **_settings(settings, values)}, "quantize")

@@ -36,6 +36,7 @@ from dwindle.quantize.options import METHODS
         ({"batch_size": 0}, "batch_size=0"),
         ({"tokens": 0}, "tokens=0"),
         ({"tune_steps": -1}, "tune_steps=-1"),
+        ({"own_windows": -1}, "own_windows=-1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
     ],
     ids=str,
