@@ -47,7 +47,8 @@ __all__ = ["quantize"]
 @click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan (from --dry-run, edited or not).")
 @click.option("--dry-run", is_flag=True, help="Show the plan on stderr, print it as JSON; write nothing.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-              help="Any other key of a recipe's quantize step, as in embedding_bits=4.")  # fmt: skip
+              help="Any other key of a recipe's quantize step, as in embedding_bits=4, or of its data, as in "
+              "data.calibration_windows=32.")  # fmt: skip
 @seed_option
 @device_option
 @json_option
@@ -72,12 +73,14 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     from dwindle.quantize.folder_step import STREAMED_PARAMETERS
     from dwindle.quantize.weight_source import WeightSource
 
-    options = made_options(room.QuantizeOptions, {**values, "seed": seed, **_settings(settings, values)}, "quantize")
+    own, of_data = _settings(settings, values)
+    options = made_options(room.QuantizeOptions, {**values, "seed": seed, **own}, "quantize")
     source = WeightSource(_folder(model))
     if target is not None:
         options = _for_device(options, target, source.anatomy)
     parameters = source.parameters
-    calibration = _calibration(data, source, seed) if data else None
+    texts = _Texts(data, {"seed": seed, **of_data}, source) if data else None
+    calibration = None if texts is None else texts.calibration()
     if parameters >= STREAMED_PARAMETERS and options.method not in ("learned", "qat", "awq"):
         notify(f"{parameters:,} parameters: working block by block")
         plan = _plan(plan_file, source, options) or room.plan_folder(model, options, calibration, torch_device)
@@ -90,7 +93,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     plan = _plan(plan_file, source, options) or room.plan(bundle, options, calibration)
     if _shown(plan, dry_run):
         return
-    train = _training(data, source, seed) if options.method == "qat" and data else None
+    train = None if texts is None or options.method != "qat" else texts.training()
     quantized, record = room.run(bundle, options, calibration, train=train, plan=plan)
     save(quantized, record, output, as_json)
 
@@ -101,17 +104,38 @@ def _folder(model: str) -> Path:
     return find_folder(model)[0]
 
 
-def _settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `--set` gives; a key that has a flag, and was given, is not given twice."""
+def _settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `--set` gives to the quantize step and to the data; what a flag gives is not given twice."""
     from dwindle.pipeline.recipe import parse_overrides
 
-    found: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    of_data: dict[str, Any] = {}
     for keys, value in parse_overrides(settings):
         name = ".".join(keys)
         if values.get(name) not in (None, ()):
             raise RecipeError(f"--set {name}: --{name.replace('_', '-')} gives it already. Give one of the two.")
-        found[name] = value
-    return found
+        (of_data if keys[0] == "data" else own)[name.removeprefix("data.")] = value
+    return own, of_data
+
+
+class _Texts:
+    """The token sets of the data given."""
+
+    def __init__(self, data: tuple[str, ...], values: Mapping[str, Any], source: Any) -> None:
+        from dwindle.data import DataOptions
+
+        self._options = made_options(DataOptions, {"train": data, **values}, "data")
+        self._tokenizer, self._context = source.tokenizer(), source.anatomy.context
+
+    def calibration(self) -> Any:
+        from dwindle.data import calibration_set
+
+        return calibration_set(self._options, self._tokenizer, self._context)
+
+    def training(self) -> Any:
+        from dwindle.data import training_set
+
+        return training_set(self._options, self._tokenizer, self._context)
 
 
 def _for_device(options: Any, target: str, anatomy: Any) -> Any:
@@ -127,18 +151,6 @@ def _for_device(options: Any, target: str, anatomy: Any) -> Any:
     return dataclasses.replace(
         options, target_bytes=found.target_bytes, runtimes=found.runtimes, allowed_bits=found.allowed_bits
     )
-
-
-def _calibration(data: tuple[str, ...], source: Any, seed: int) -> Any:
-    from dwindle.data import DataOptions, calibration_set
-
-    return calibration_set(DataOptions(train=data, seed=seed), source.tokenizer(), source.anatomy.context)
-
-
-def _training(data: tuple[str, ...], source: Any, seed: int) -> Any:
-    from dwindle.data import DataOptions, training_set
-
-    return training_set(DataOptions(train=data, seed=seed), source.tokenizer(), source.anatomy.context)
 
 
 def _plan(plan_file: str | None, source: Any, options: Any) -> Any:

@@ -80,6 +80,21 @@ def test_a_device_sets_the_size(capsys: pytest.CaptureFixture[str], words: list[
     assert any("asks for nothing" in note for note in plan["notes"])
 
 
+def test_what_has_no_flag_is_set_by_name(
+    capsys: pytest.CaptureFixture[str], words: list[object], workshop: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for windows in (2, 8):
+        options: list[object] = ["-d", workshop / "train.txt", "--set", f"data.calibration_windows={windows}"]
+        code, out, err = invoke(
+            capsys, *words, *options, "--set", "data.context=32", "--set", "embedding_bits=4", "--json"
+        )
+        assert code == 0, err
+        found[windows] = json.loads(out)
+        assert found[windows]["after"]["bits_per_weight_embedding"] == 4.5
+    assert found[2]["details"]["layers"] != found[8]["details"]["layers"]
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "a runtime that cannot": (["--bits", "3", "--for", "coreai"], "palettes of 3 bits"),
     "no such runtime": (["--for", "toaster"], "toaster"),
@@ -93,6 +108,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a method without its text": (["--method", "lnq"], "needs a calibration text"),
     "no such method": (["--method", "gptq"], "needed with palettize"),
     "no such key": (["--set", "embeding_bits=4"], "did you mean 'embedding_bits'?"),
+    "no such key of the data": (["-d", "{short}", "--set", "data.windows=4"], "data.windows is unknown"),
     "a key given twice": (["--bits", "3", "--set", "bits=2"], "gives it already"),
     "too short a text": (["-d", "{short}"], "Add data"),
     "no such plan": (["--plan", "{tmp}/none.json"], "cannot be read"),
