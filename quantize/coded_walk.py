@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dwindle.quantize.calibration import backward_walk, forward_walk
 from dwindle.quantize.layer_plan import LayerFormat
 from dwindle.quantize.layer_statistics import LayerStatistics
+from dwindle.quantize.learned import learn_block
 from dwindle.quantize.methods import Coder, Walk
 from dwindle.quantize.output_matching import match_outputs
 from dwindle.weights import QuantizedWeight
@@ -49,6 +50,8 @@ def coded_walk(
                 return coder(formats[name], target, replace(found, row_curvature=rows.get(name)))
 
             made = match_outputs(blocks, block.layer, block.module, block.inputs, block.float_inputs, dense, code)
+            if walk.descent is not None and made:
+                made = learn_block(blocks, block.layer, made, block.inputs, block.float_inputs, walk.descent).weights
             coded = [(formats[name], dense[name], weight) for name, weight in made.items()]
         else:
             coded = list(_coded(dense, formats, coder, block.statistics))

@@ -1,7 +1,8 @@
 """From a plan to the codes of a model in memory: the method's walk, then what learns across blocks, then the tables.
 
     awq        scales the norms first (an equal model), then goes on as gptq
-    learned    starts from lnq or gptq, and learns how the weights of all blocks round together
+    learned    starts from lnq or gptq, and learns how the weights round together: of each block within the walk, or
+               of all blocks after it
     qat        starts from lnq or gptq and trains the weights
     any        with tune_steps, palettes and scales follow the unquantized model last
 
@@ -73,7 +74,7 @@ def code_model(
         assert calibration is not None
         base, told["equalized"] = _equalized(bundle, plan, calibration.ids)
     weights = _layer_by_layer(base, plan, options, layerwise_method(options, method), calibration)
-    if method == "learned":
+    if method == "learned" and options.scope == "model":
         assert calibration is not None
         weights |= _learned(base, plan, weights, calibration.ids, options, told)
     if method == "qat":

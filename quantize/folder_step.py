@@ -18,7 +18,7 @@ from dwindle.errors import RecipeError
 from dwindle.model_source import find_folder
 from dwindle.quantize.bit_plan import BitPlan
 from dwindle.quantize.layer_plan import plan_layers
-from dwindle.quantize.methods import layer_coder, require_calibration, walk_of
+from dwindle.quantize.methods import layer_coder, layerwise_method, require_calibration, walk_of
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.planning import ModelToPlan
 from dwindle.quantize.planning import plan as make_plan
@@ -31,11 +31,11 @@ from dwindle.weights import spec_bits
 if TYPE_CHECKING:
     from dwindle.token_set import TokenSet
 
-__all__ = ["STREAMED_PARAMETERS", "plan_folder", "run_folder"]
+__all__ = ["STREAMED_PARAMETERS", "needs_whole_model", "plan_folder", "run_folder"]
 
 STREAMED_PARAMETERS = 500_000_000
 """From so many parameters on, the command line works block by block."""
-_WHOLE_MODEL = ("awq", "learned", "qat")
+_WHOLE_MODEL = ("awq", "qat")
 
 
 def plan_folder(
@@ -52,14 +52,15 @@ def run_folder(
 ) -> StepRecord:  # fmt: skip
     """Write the quantized checkpoint to `output` and return the record (sizes only).
 
-    Raises RecipeError, before any work, for methods that need the whole model in memory (awq, learned, qat, tuning),
-    and what `step.run` raises.
+    Raises RecipeError, before any work, for methods that need the whole model in memory (awq, learned with
+    scope=model, qat, tuning), and what `step.run` raises.
     """
     if calibration is not None:
         calibration.require("calibration")
     method = options.method_used(calibration is not None)
     require_calibration(options, method, calibration is not None)
-    _require_layerwise(options, method)
+    _require_layerwise(options)
+    basic = layerwise_method(options, method)
     with StepClock() as clock:
         source = WeightSource(find_folder(folder)[0])
         ready = _ready(source, device)
@@ -68,7 +69,7 @@ def run_folder(
         formats = chosen.layer_plan(base)
         inputs = {} if calibration is None else {"calibration": calibration.sha256}
         layers = quantize_checkpoint(
-            folder, Path(output), formats, layer_coder(options, method), walk_of(options, method, bool(inputs)),
+            folder, Path(output), formats, layer_coder(options, basic), walk_of(options, basic, bool(inputs)),
             None if calibration is None else calibration.ids, options=asdict(options), inputs=inputs, seed=options.seed,
             device=device,
         )  # fmt: skip
@@ -86,13 +87,23 @@ def _ready(source: WeightSource, device: torch.device | str) -> ModelToPlan:
                        StreamedBlocks(source, device))  # fmt: skip
 
 
-def _require_layerwise(options: QuantizeOptions, method: str) -> None:
-    wrong = [f"method={method}"] if method in _WHOLE_MODEL else []
-    wrong += [f"tune_steps={options.tune_steps}"] if options.tune_steps else []
-    if wrong:
+def needs_whole_model(options: QuantizeOptions) -> list[str]:
+    """Return the options that cannot be worked on block by block.
+
+    >>> needs_whole_model(QuantizeOptions(method="learned")), needs_whole_model(QuantizeOptions(method="lnq"))
+    (['method=learned with scope=model'], [])
+    """
+    wrong = [f"method={options.method}"] if options.method in _WHOLE_MODEL else []
+    wrong += ["method=learned with scope=model"] if (options.method, options.scope) == ("learned", "model") else []
+    return wrong + ([f"tune_steps={options.tune_steps}"] if options.tune_steps else [])
+
+
+def _require_layerwise(options: QuantizeOptions) -> None:
+    if wrong := needs_whole_model(options):
         raise RecipeError(
             f"quantize: {' and '.join(wrong)} needs the whole model in memory, and this one is worked on block by "
-            "block. Choose kmeans, lnq, rtn, hqq or gptq, or load it with ModelBundle and call quantize.run."
+            "block. Choose kmeans, lnq, rtn, hqq, gptq, or learned with scope=block; or load it with ModelBundle and "
+            "call quantize.run."
         )
 
 

@@ -6,7 +6,7 @@
     lnq        palettes   one linear and its Hessian      matched; backward if guided
     gptq       integers   one linear and its Hessian      the same
     awq        integers   the linears of one input        the same (`awq` scales the norms, then gptq)
-    learned    both       one block, then the model       forward with both streams
+    learned    both       a block, or the whole model     matched, then learns each block or all of them
     qat        both       the whole model                 trains
 
 A layer without statistics (the embedding, a head) is coded by the method that needs none.
@@ -26,6 +26,7 @@ from dwindle.quantize.hqq import hqq
 from dwindle.quantize.integers import round_to_nearest
 from dwindle.quantize.layer_plan import LayerFormat
 from dwindle.quantize.layer_statistics import LayerStatistics
+from dwindle.quantize.learned import Descent
 from dwindle.quantize.lnq import lnq
 from dwindle.quantize.options import DATA_FREE, QuantizeOptions
 from dwindle.quantize.palettize import palettize
@@ -50,6 +51,8 @@ class Walk:
     fisher: bool = False
     rows: bool = False
     """A backward walk first, for how much each output row matters: rows that share a palette need it."""
+    descent: Descent | None = None
+    """Learn how the weights of each block round together, behind the coded ones."""
 
 
 def layerwise_method(options: QuantizeOptions, method: str) -> str:
@@ -67,12 +70,13 @@ def walk_of(options: QuantizeOptions, method: str, calibrated: bool) -> Walk:
     """Return the walk that a layer-by-layer method takes.
 
     >>> walk_of(QuantizeOptions(), "lnq", True)
-    Walk(direction='matched', hessian=True, fisher=False, rows=True)
+    Walk(direction='matched', hessian=True, fisher=False, rows=True, descent=None)
     """
     if method in _CALIBRATED and calibrated:
         if options.guided:
             return Walk("backward", hessian=True, fisher=method == "lnq")
-        return Walk("matched", hessian=True, rows=method == "lnq")
+        by_block = options.method == "learned" and options.scope == "block"
+        return Walk("matched", True, rows=method == "lnq", descent=Descent.of(options) if by_block else None)
     importance = importance_of(options, calibrated) if method == "kmeans" else None
     if importance == "activation":
         return Walk("forward")

@@ -12,6 +12,7 @@ __all__ = ["DATA_FREE", "INTEGER_BITS", "METHODS", "PALETTE_BITS", "QuantizeOpti
 Scheme = Literal["palettize", "integer"]
 Importance = Literal["magnitude", "activation", "fisher"]
 EmbeddingScheme = Literal["integer", "palettize"]
+Scope = Literal["model", "block"]
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 INTEGER_BITS = (2, 3, 4, 8)
@@ -55,10 +56,14 @@ class QuantizeOptions:
     guided: bool = False
     """lnq and gptq: weigh the Hessian's tokens by the gradient of the model's loss (GuidedQuant), instead of making
     good in every linear what was lost before it."""
+    scope: Scope = "model"
+    """learned: `model` learns how the weights of all blocks round together; `block` takes block after block, so that
+    one is in memory at a time, and large checkpoints can be streamed."""
     iterations: int = 200
-    """learned: steps. 100 will do at 4 bits, 2 bits gain from 400."""
+    """learned: steps, per block or in all. 100 will do at 4 bits, 2 bits gain from 400."""
     own_windows: int | None = None
-    """learned: windows that the unquantized model writes itself, beside the calibration's; None is 3 for each."""
+    """learned with scope=model: windows that the unquantized model writes itself, beside the calibration's; None is 3
+    for each of those."""
     tune_steps: int = 0
     """Steps in which palettes and scales (never codes) follow the unquantized model, whole model at once. 0: none."""
     tokens: int | None = None
@@ -150,6 +155,10 @@ class QuantizeOptions:
             wrong.append(f"method={self.method!r} (needed with {self.scheme}: {', '.join(known)})")
         if self.importance not in (None, *get_args(Importance)):
             wrong.append(f"importance={self.importance!r} (needed: {', '.join(get_args(Importance))})")
+        if self.scope not in get_args(Scope):
+            wrong.append(f"scope={self.scope!r} (needed: {' or '.join(get_args(Scope))})")
+        if self.scope == "block" and self.guided:
+            wrong.append("scope=block with guided=True (needed: one of the two)")
         counts = ["iterations", "batch_size"] + (["tokens"] if self.tokens is not None else [])
         wrong += [
             f"{name}={getattr(self, name)!r} (needed: a whole number of at least 1)"

@@ -70,7 +70,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     choose. Checkpoints of 500M parameters and more are worked on block by block.
     """
     from dwindle import quantize as room
-    from dwindle.quantize.folder_step import STREAMED_PARAMETERS
+    from dwindle.quantize.folder_step import STREAMED_PARAMETERS, needs_whole_model
     from dwindle.quantize.weight_source import WeightSource
 
     own, of_data = _settings(settings, values)
@@ -81,7 +81,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     parameters = source.parameters
     texts = _Texts(data, {"seed": seed, **of_data}, source) if data else None
     calibration = None if texts is None else texts.calibration()
-    if parameters >= STREAMED_PARAMETERS and options.method not in ("learned", "qat", "awq"):
+    if parameters >= STREAMED_PARAMETERS and not needs_whole_model(options):
         notify(f"{parameters:,} parameters: working block by block")
         plan = _plan(plan_file, source, options) or room.plan_folder(model, options, calibration, torch_device)
         if _shown(plan, dry_run):

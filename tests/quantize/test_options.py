@@ -33,6 +33,8 @@ from dwindle.quantize.options import METHODS
         ({"scheme": "integer", "method": "lnq"}, "needed with integer: rtn, hqq, gptq, awq, learned, qat"),
         ({"importance": "luck"}, "importance='luck'"),
         ({"iterations": 0}, "iterations=0"),
+        ({"scope": "layer"}, "scope='layer' (needed: model or block)"),
+        ({"scope": "block", "guided": True}, "scope=block with guided=True"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"tokens": 0}, "tokens=0"),
         ({"tune_steps": -1}, "tune_steps=-1"),

@@ -85,10 +85,11 @@ def test_a_folder_is_planned_and_coded_like_the_model_in_memory(bundle: ModelBun
     for options, calibration in [
         (QuantizeOptions(target_bits_per_weight=3.5), None),
         (QuantizeOptions(scheme="integer", target_bits_per_weight=4.0, method="gptq"), text(stored)),
+        (QuantizeOptions(bits=2, method="learned", scope="block", iterations=5), text(stored)),
     ]:
         in_memory, told = plan(stored, options, calibration), plan_folder(tmp_path / "model", options, calibration)
         assert in_memory.to_json() == told.to_json()
-        place = tmp_path / f"packed-{options.scheme}"
+        place = tmp_path / f"packed-{options.scheme}-{options.method}"
         record = run_folder(tmp_path / "model", place, options, calibration)
         packed, same = run(stored, options, calibration)
         assert ModelBundle.load(place).content_sha256 == packed.content_sha256
