@@ -39,6 +39,7 @@ __all__ = [
     "is_quantized",
     "packed_buffer_names",
     "packed_specs",
+    "quantization_config",
     "quantized_weights",
     "replace_modules",
 ]
@@ -198,6 +199,17 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def quantization_config(
+    model: nn.Module, specs: Mapping[str, Mapping[str, Any]], tied: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what config.json says of a model whose named modules, still float, get weights of these specs."""
+    modules = {
+        name: {"role": "embedding" if isinstance(model.get_submodule(name), nn.Embedding) else "linear", **spec}
+        for name, spec in specs.items()
+    }
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "tied": dict(tied), "modules": modules}
+
+
 def apply_quantized_weights(
     model: nn.Module, weights: Mapping[str, QuantizedWeight], tied: Mapping[str, str] | None = None
 ) -> None:
@@ -205,11 +217,7 @@ def apply_quantized_weights(
 
     `weights` maps module names to codes; `tied` maps a head's name to the embedding whose codes it shares.
     """
-    modules = {
-        name: {"role": "embedding" if isinstance(model.get_submodule(name), nn.Embedding) else "linear"} | weight.spec()
-        for name, weight in weights.items()
-    }
-    config = {"quant_method": QUANT_METHOD, "version": VERSION, "tied": dict(tied or {}), "modules": modules}
+    config = quantization_config(model, {name: weight.spec() for name, weight in weights.items()}, tied or {})
     biases = {name: getattr(model.get_submodule(name), "bias", None) for name in weights}
     replace_modules(model, config)
     for name, weight in weights.items():

@@ -28,7 +28,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy, Part
     from dwindle.quantize.decoder_blocks import DecoderBlocks
 
-__all__ = ["ROW_GROUPS", "CalibratedBlock", "Labels", "LayerStatistics", "backward_walk", "forward_walk",
-           "require_tokens"]  # fmt: skip
+__all__ = ["ROW_GROUPS", "CalibratedBlock", "Labels", "LayerStatistics", "backward_walk", "block_gradients",
+           "forward_walk", "require_tokens"]  # fmt: skip
 
 Labels = Literal["sampled", "text"]
+K = TypeVar("K")
 
 ROW_GROUPS = 4
 """Guided Hessians per linear, as in GuidedQuant; more cost as much more time and memory."""
@@ -262,26 +263,38 @@ def _guided_statistics(
         part: GuidedSums(anatomy.linear_shape(layer, part), row_groups, hessian, fisher, blocks.device)
         for part in linears
     }
-    seen: dict[Part, tuple[Tensor, Tensor]] = {}
-    with ExitStack() as hooks:
-        for part, (_, linear) in linears.items():
-            hooks.callback(linear.register_forward_hook(_noting(seen, part)).remove)
-        for batch, behind in enumerate(gradients):
-            entering = states.take(layer, batch, blocks.device).requires_grad_()
-            with torch.enable_grad():
-                leaving = blocks.forward(layer, entering)
-            outputs = [seen[part][1] for part in sums]
-            gradients[batch], *at_outputs = torch.autograd.grad(leaving, [entering, *outputs], behind)
-            for part, gradient in zip(sums, at_outputs, strict=True):
-                sums[part].add(seen[part][0].detach().flatten(0, -2), gradient.flatten(0, -2))
-            seen.clear()
+    modules = {part: linear for part, (_, linear) in linears.items()}
+    for found in block_gradients(blocks, layer, modules, states, gradients):
+        for part, (inputs, gradient) in found.items():
+            sums[part].add(inputs.flatten(0, -2), gradient.flatten(0, -2))
     statistics = {linears[part][0]: counted.statistics() for part, counted in sums.items()}
     require_finite(statistics)
     return statistics
 
 
-def _noting(seen: dict[Part, tuple[Tensor, Tensor]], part: Part) -> Any:
+def block_gradients(
+    blocks: DecoderBlocks, layer: int, linears: Mapping[K, nn.Module], states: BoundaryStates, gradients: list[Tensor]
+) -> Iterator[dict[K, tuple[Tensor, Tensor]]]:
+    """Yield per batch, by linear, its input [B, T, I] and the loss's gradient [B, T, O] at its output.
+
+    The block must be present; `gradients` behind it become those in front of it, in place.
+    """
+    seen: dict[K, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as hooks:
+        for key, linear in linears.items():
+            hooks.callback(linear.register_forward_hook(_noting(seen, key)).remove)
+        for batch, behind in enumerate(gradients):
+            entering = states.take(layer, batch, blocks.device).requires_grad_()
+            with torch.enable_grad():
+                leaving = blocks.forward(layer, entering)
+            outputs = [seen[key][1] for key in linears]
+            gradients[batch], *slopes = torch.autograd.grad(leaving, [entering, *outputs], behind)
+            yield {key: (seen[key][0].detach(), slope) for key, slope in zip(linears, slopes, strict=True)}
+            seen.clear()
+
+
+def _noting(seen: dict[K, tuple[Tensor, Tensor]], key: K) -> Any:
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[part] = inputs[0], output
+        seen[key] = inputs[0], output
 
     return note

@@ -62,7 +62,8 @@ def run(
             _log.info("quantize: %s", note)
         coded = code_model(bundle, formats, options, calibration, train, folder)
         layers = [_recorded(bundle, layer, coded.weights[layer.name]) for layer in formats.layers]
-        inputs = {str(s.role): s.sha256 for s in (calibration, train) if s is not None}
+        read = (calibration, train if options.method == "qat" else None)
+        inputs = {str(s.role): s.sha256 for s in read if s is not None}
         model = _packed_model(bundle.model, coded, formats)
         quantized = bundle.derive(model, "quantize", asdict(options), inputs).stored_dtype_rounded()
         sizes = bundle.size(), quantized.size()

@@ -35,7 +35,7 @@ from dwindle.quantize.shard_writer import SHARD_BYTES, ShardWriter
 from dwindle.quantize.streamed_blocks import StreamedBlocks
 from dwindle.quantize.time_left import TimeLeft
 from dwindle.quantize.weight_source import WeightSource
-from dwindle.quantized_model import QUANT_METHOD, VERSION
+from dwindle.quantized_model import quantization_config
 from dwindle.storage import atomic_folder, require_space
 from dwindle.tokenizer_files import load_tokenizer
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
@@ -82,7 +82,8 @@ def quantize_checkpoint(
                 assert ids is not None
                 _code_blocks(work, walk, ids, seed, device)
             work.code_the_rest()
-        skeleton.config.quantization_config = _packed_config(source, plan, work.specs)
+        specs = {layer.name: work.specs[layer.name] for layer in plan.layers}
+        skeleton.config.quantization_config = quantization_config(skeleton, specs, plan.tied)
         history = lineage.adding("quantize", options or {}, inputs or {})
         ModelBundle(skeleton, tokenizer, source.anatomy, history, source.storage_dtype).write_description(partial)
     _log.info("saved %s", output)
@@ -182,13 +183,3 @@ def _stored_bytes(source: WeightSource, plan: LayerPlan) -> int:
         else:
             total += math.prod(shape) * source.storage_dtype.itemsize
     return total
-
-
-def _packed_config(source: WeightSource, plan: LayerPlan, specs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the `quantization_config` that `dwindle.quantized_model` reads."""
-    embedding = source.anatomy.embedding
-    modules = {
-        layer.name: {"role": "embedding" if layer.name == embedding else "linear"} | specs[layer.name]
-        for layer in plan.layers
-    }
-    return {"quant_method": QUANT_METHOD, "version": VERSION, "tied": dict(plan.tied), "modules": modules}

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dwindle.quantize.boundary_states import BoundaryStates
+from dwindle.quantize.calibration import block_gradients
 from dwindle.quantize.layer_plan import LayerFormat
 from dwindle.quantize.time_left import TimeLeft
 from dwindle.weights import QuantizedWeight
@@ -139,27 +139,10 @@ def _squared_products(
 ) -> dict[str, Tensor]:
     """Return per linear the float64 sums over windows of <dL/dW, D>^2; gradients move in front of the block."""
     sums = {name: torch.zeros(len(found), dtype=torch.float64) for name, found in errors.items()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    with ExitStack() as hooks:
-        for name, linear in linears.items():
-            hooks.callback(linear.register_forward_hook(_noting(seen, name)).remove)
-        for batch, behind in enumerate(gradients):
-            entering = states.take(layer, batch, blocks.device).requires_grad_()
-            with torch.enable_grad():
-                leaving = blocks.forward(layer, entering)
-            outputs = [seen[name][1] for name in linears]
-            gradients[batch], *slopes = torch.autograd.grad(leaving, [entering, *outputs], behind)
-            for name, slope in zip(linears, slopes, strict=True):
-                for inputs, slope_of_window in zip(seen[name][0].detach(), slope, strict=True):
-                    whole = (slope_of_window.T @ inputs).flatten()
-                    products = torch.stack([error.float() @ whole for error in errors[name]])
-                    sums[name] += products.double().square().cpu()
-            seen.clear()
+    for found in block_gradients(blocks, layer, linears, states, gradients):
+        for name, (inputs, slopes) in found.items():
+            for window, slope in zip(inputs, slopes, strict=True):
+                whole = (slope.T @ window).flatten()
+                products = torch.stack([error.float() @ whole for error in errors[name]])
+                sums[name] += products.double().square().cpu()
     return sums
-
-
-def _noting(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
-    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = inputs[0], output
-
-    return note
