@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from dwindle.divergence import forward_kl
 from dwindle.errors import DataError
+from dwindle.quantize.options import QuantizeOptions
 from dwindle.token_set import TokenSet
+from dwindle.train import TrainOptions
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["Matching", "pieces_of", "training_windows"]
+__all__ = ["Matching", "pieces_of", "training_of", "training_windows"]
 
 _PIECE_BYTES = 1 << 29
 """Logits of one forward pass, about: the batch is cut into pieces beyond it."""
@@ -69,3 +71,19 @@ def pieces_of(batch_size: int, window_tokens: int, vocabulary: int) -> int:
     """
     needed = batch_size * window_tokens * vocabulary * 4 / _PIECE_BYTES
     return next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and (n >= needed or n == batch_size))
+
+
+def training_of(
+    options: QuantizeOptions, windows: TokenSet, vocabulary: int, rate: float, **length: Any
+) -> TrainOptions:
+    """Return how codes or tables are trained; `rate` where the options name none, `length` in steps or tokens."""
+    return TrainOptions(
+        batch_size=options.batch_size,
+        gradient_accumulation=pieces_of(options.batch_size, windows.ids.shape[1], vocabulary),
+        learning_rate=rate if options.learning_rate is None else options.learning_rate,
+        schedule="cosine",
+        warmup_share=0.05,
+        weight_decay=0.0,
+        seed=options.seed,
+        **length,
+    )

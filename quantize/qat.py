@@ -36,12 +36,12 @@ from dwindle.quantize.clipping import newton_clip, refined_clip
 from dwindle.quantize.fake_quantize import FakeInteger, FakePalette, fake_quantized, inside_cells
 from dwindle.quantize.integers import IntegerGrid, round_to_nearest, storable
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan
-from dwindle.quantize.matching import Matching, pieces_of, training_windows
+from dwindle.quantize.matching import Matching, training_of, training_windows
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.palettize import palettize
 from dwindle.quantize.stand_in import StandIn
 from dwindle.token_set import TokenSet
-from dwindle.train import TrainOptions, train
+from dwindle.train import train
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def quantization_aware_training(
     bundle.model.eval()
     student = StandIn(bundle.model, weights, {})
     identity = {"teacher": bundle.content_sha256, "layers": [asdict(layer) for layer in plan.layers]}
-    train(student, Matching(bundle), windows, _training(options, windows, bundle.anatomy.vocab),
-          folder=folder, identity=identity)  # fmt: skip
+    training = training_of(
+        options, windows, bundle.anatomy.vocab, RATE, tokens=options.tokens, checkpoint_every=CHECKPOINT_EVERY
+    )
+    train(student, Matching(bundle), windows, training, folder=folder, identity=identity)
     return student.finish()
 
 
@@ -98,20 +100,6 @@ def _require_start(bundle: ModelBundle, plan: LayerPlan, start: Mapping[str, Qua
 def _told(spec: Mapping[str, object]) -> str:
     """Return the part of a spec that training keeps, as text; half-way levels are the quantizer's choice."""
     return " ".join(f"{key}={spec[key]}" for key in sorted(spec) if key != "balanced")
-
-
-def _training(options: QuantizeOptions, windows: TokenSet, vocabulary: int) -> TrainOptions:
-    return TrainOptions(
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        gradient_accumulation=pieces_of(options.batch_size, windows.ids.shape[1], vocabulary),
-        learning_rate=RATE if options.learning_rate is None else options.learning_rate,
-        schedule="cosine",
-        warmup_share=0.05,
-        weight_decay=0.0,
-        seed=options.seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
 
 
 def starting_point(weight: Tensor, layer: LayerFormat, options: QuantizeOptions) -> QuantizedWeight:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from dwindle.quantize.fake_quantize import fake_quantized
-from dwindle.quantize.matching import Matching, pieces_of, training_windows
+from dwindle.quantize.matching import Matching, training_of, training_windows
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.stand_in import StandIn
 from dwindle.token_set import TokenSet
-from dwindle.train import TrainLine, TrainOptions, train
+from dwindle.train import TrainLine, train
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -99,21 +99,9 @@ def tune_tables(
         if line.step % every == 0 or line.step == options.tune_steps:
             best.look(line.step)
 
-    train(student, matching, training, _training(options, training, bundle.anatomy.vocab), on_step=look)
+    how = training_of(options, training, bundle.anatomy.vocab, RATE, steps=options.tune_steps)
+    train(student, matching, training, how, on_step=look)
     return best.result(norms)
-
-
-def _training(options: QuantizeOptions, tokens: TokenSet, vocabulary: int) -> TrainOptions:
-    return TrainOptions(
-        steps=options.tune_steps,
-        batch_size=options.batch_size,
-        gradient_accumulation=pieces_of(options.batch_size, tokens.ids.shape[1], vocabulary),
-        learning_rate=RATE if options.learning_rate is None else options.learning_rate,
-        schedule="cosine",
-        warmup_share=0.05,
-        weight_decay=0.0,
-        seed=options.seed,
-    )
 
 
 class _Best:
