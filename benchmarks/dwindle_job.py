@@ -35,7 +35,7 @@ def coded(name: str, options: dict[str, Any], output: Path) -> dict[str, Any]:
     shapes = {n: real.bundle.model.get_submodule(n).weight.numel() for n in real.bundle.anatomy.linear_names()}
     times = os.times()
     with StepClock() as clock:
-        packed, _ = quantize(real.bundle, QuantizeOptions(keep_float=ENDS, **options), calibration)
+        packed, step = quantize(real.bundle, QuantizeOptions(keep_float=ENDS, **options), calibration)
     after = os.times()
     weights = quantized_weights(packed.model)
     save_file({n: w.dequantize().contiguous() for n, w in weights.items()}, output)
@@ -47,6 +47,7 @@ def coded(name: str, options: dict[str, Any], output: Path) -> dict[str, Any]:
         "seconds": clock.seconds,
         "cpu_seconds": sum(after[:4]) - sum(times[:4]),
         "peak_rss_bytes": clock.peak_rss_bytes,
+        "plan_kl": {key: step.details["plan"].get(key) for key in ("predicted_kl", "measured_kl")},
         "versions": {p: importlib.metadata.version(p) for p in ("dwindle", "torch", "transformers")},
     }
 

@@ -5,12 +5,13 @@
 | stories260K | Llama, 5 layers, width 64, FFN 172 | `tinystories_train.txt` | `tinystories_valid.txt` |
 | babyllama-105 | Llama, 5 layers, width 128, FFN 352, characters | `tinystories_train.txt` | `tinystories_valid.txt` |
 | pycode-6m | Llama, 6 layers, width 256, FFN 768, fp16 | the standard library's packages email, json, http, unittest, \
-logging, xml | its package asyncio, the first 65,536 tokens in windows of 512 |
+logging, xml | its package asyncio, in windows of 512 |
 
-128 calibration windows of the model's context (512 tokens for pycode-6m), the same ids for every side. Only the
-decoder's linears are coded; embedding and head stay float. Nats/token, KL(float ‖ quantized) and agreement are those of
-`dwindle.measure`, for all sides alike, on the weights as each format gives them back. The models are not part of the
-repository: they lie in `$DWINDLE_ASSETS`, or in `shared/assets` beside it.
+The first 32,768 tokens of the evaluation text count. 128 calibration windows of the model's context (512 tokens for
+pycode-6m), the same ids for every side. Only the decoder's linears are coded; embedding and head stay float. Nats/token,
+KL(float ‖ quantized) and agreement are those of `dwindle.measure`, for all sides alike, on the weights as each format
+gives them back. The models are not part of the repository: they lie in `$DWINDLE_ASSETS`, or in `shared/assets` beside
+it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _Text:
     train: tuple[str, ...]
     evaluation: str
     of_standard_library: bool = False
-    evaluation_tokens: int | None = None
+    evaluation_tokens: int = 32_768
     context: int | None = None
 
     def place(self, name: str) -> str:
@@ -57,7 +58,7 @@ MODELS: dict[str, _Text] = {
     "babyllama-105": _STORIES,
     "pycode-6m": _Text(
         ("email", "json", "http", "unittest", "logging", "xml"), "asyncio",
-        of_standard_library=True, evaluation_tokens=65_536, context=512,
+        of_standard_library=True, context=512,
     ),
 }  # fmt: skip
 """The models, smallest first."""

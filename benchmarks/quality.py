@@ -92,7 +92,7 @@ def run_dwindle(row: DwindleRow, model: str, measured: Measured, results: Result
         if results.has(record):
             continue
         output, log = folder / "dwindle.safetensors", folder / "dwindle.log"
-        options = row.options_for(bits)
+        options = row.options_for(bits, model)
         command = [sys.executable, str(HERE / "dwindle_job.py"), "--model", model]
         found = list(_lines([*command, "--options", json.dumps(options), "--output", str(output)], log))
         if found:

@@ -44,12 +44,16 @@ class DwindleRow:
     """What `QuantizeOptions` gets beside bits (or the target) and `keep_float`."""
     uses_text: bool = True
 
-    def options_for(self, bits: float) -> dict[str, Any]:
+    def options_for(self, bits: float, model: str) -> dict[str, Any]:
         """Return the options at a bit width: 4, 3, 2 ask for `bits`, a fraction for that target."""
         wanted = {"bits": int(bits)} if float(bits).is_integer() else {"target_bits_per_weight": bits}
+        if self.options["method"] == "learned":
+            wanted["iterations"] = ITERATIONS[bits] // (2 if model == "pycode-6m" else 1)
         return wanted | self.options | {"calibrated": self.uses_text}
 
 
+ITERATIONS = {4.0: 100, 3.5: 150, 3.0: 200, 2.0: 400}
+"""Steps of learned rounding; half as many for pycode-6m, whose steps cost twenty times those of the others."""
 WIDTHS = (4.0, 3.0, 2.0)
 PEERS: tuple[PeerRow, ...] = (
     PeerRow("coremltools", "coremltools_palettes.py", "ptp", "palettes", 16, WIDTHS, uses_text=False),
@@ -73,18 +77,17 @@ PEERS: tuple[PeerRow, ...] = (
 
 PALETTES = {"scheme": "palettize"}
 INTEGERS = {"scheme": "integer"}
+ASYMMETRIC = INTEGERS | {"symmetric": False}
 DWINDLE: tuple[DwindleRow, ...] = (
     DwindleRow("kmeans", "palettes", 16, WIDTHS, PALETTES | {"method": "kmeans"}, uses_text=False),
     DwindleRow("kmeans fisher", "palettes", 16, WIDTHS, PALETTES | {"method": "kmeans", "importance": "fisher"}),
     DwindleRow("lnq", "palettes", 16, (*WIDTHS, MIXED), PALETTES | {"method": "lnq"}),
-    DwindleRow("learned", "palettes", 16, (*WIDTHS, MIXED), PALETTES | {"method": "learned"}),
-    DwindleRow("qat", "palettes", 16, WIDTHS, PALETTES | {"method": "qat"}),
     DwindleRow("rtn", "integers", 32, WIDTHS, INTEGERS | {"method": "rtn"}, uses_text=False),
     DwindleRow("hqq", "integers", 32, WIDTHS, INTEGERS | {"method": "hqq"}, uses_text=False),
     DwindleRow("gptq", "integers", 32, (*WIDTHS, MIXED), INTEGERS | {"method": "gptq"}),
+    DwindleRow("gptq asym", "integers", 32, WIDTHS, ASYMMETRIC | {"method": "gptq"}),
+    DwindleRow("learned", "palettes", 16, WIDTHS, PALETTES | {"method": "learned"}),
     DwindleRow("learned", "integers", 32, (*WIDTHS, MIXED), INTEGERS | {"method": "learned"}),
-    DwindleRow(
-        "learned asym", "integers", 32, WIDTHS, INTEGERS | {"method": "learned", "symmetric": False}
-    ),
-    DwindleRow("qat", "integers", 32, WIDTHS, INTEGERS | {"method": "qat"}),
-)  # fmt: skip
+    DwindleRow("qat, tuned", "palettes", 16, (2.0,), PALETTES | {"method": "qat", "tune_steps": 60}),
+    DwindleRow("learned", "palettes", 16, (MIXED,), PALETTES | {"method": "learned"}),
+)

@@ -23,7 +23,10 @@ and errors are counted in steps of each group's own grid: beta then means the sa
 absolute weights of 0.02 and the published beta = 10 the shrinkage is 0 for nearly all of them).
 
 Turns are taken from several clippings and zero points, and each group keeps the best stored grid it has met, plain
-rounding and the squared-error search among them: never worse than `round_to_nearest` in sum |e|^p.
+rounding and the squared-error search among them. Searched this well, sum |e|^p alone ruins small groups: its minimum
+gives up whole outliers, which the inputs do not (a trained model, 4 bits in blocks of 32: KL 0.150 where the
+squared-error search has 0.042; at 3 bits 1.20 and 0.285). The published turns stop long before that minimum. So a grid
+must not have more squared error than `round_to_nearest` found, and among those the least sum |e|^p is taken.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ NORM = 0.7
 BETA = 1.5
 """First weight of the quadratic part: with p = 0.7, errors below three quarters of a step are not given up at all."""
 BETA_GROWTH = 1.2
+_SLACK = 1 + 1e-6
+"""For sums taken in another order."""
 ITERATIONS = 6
 """Turns from each start; then the codes hardly change."""
 START_RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -61,10 +66,15 @@ def hqq(weight: Tensor, bits: int, group_size: int, symmetric: bool = True, *, b
     parts = []
     for first in range(0, outputs, rows):
         chunk = slice(first, first + rows)
-        search = _Search(dense[chunk].reshape(-1, group_size), grid, norm)
+        groups = dense[chunk].reshape(-1, group_size)
+        plain = searched.dequantize()[chunk].to(groups.device).reshape(groups.shape)
+        squared = (plain - groups).square().sum(1, keepdim=True)
+        search = _Search(groups, grid, norm, squared * _SLACK)
         scale, zero = search.scale, search.zero
         shifts = (0,) if symmetric else (0, -1, 1)
-        search.run(searched.scales[chunk].to(torch.float32).reshape(-1, 1), zero)
+        found = searched.zero_points
+        search.run(searched.scales[chunk].to(torch.float32).reshape(-1, 1),
+                   zero if found is None else found[chunk].to(zero).reshape(-1, 1))  # fmt: skip
         for ratio, shift in itertools.product(START_RATIOS, shifts):
             search.run(storable(scale * ratio), (zero + shift).clamp(0, grid.top) if shift else zero)
         parts.append((search.codes, search.scale, search.zero))
@@ -82,8 +92,8 @@ def norm_errors(weight: Tensor, quantized: AffineWeight, norm: float = NORM) -> 
 class _Search:
     """Groups [N, g], and the best stored grid that each has met."""
 
-    def __init__(self, groups: Tensor, grid: IntegerGrid, norm: float) -> None:
-        self._groups, self._grid, self._norm = groups, grid, norm
+    def __init__(self, groups: Tensor, grid: IntegerGrid, norm: float, allowed: Tensor) -> None:
+        self._groups, self._grid, self._norm, self._allowed = groups, grid, norm, allowed
         self.scale, self.zero = grid.ranges(groups)
         self.codes = torch.zeros_like(groups)
         self._error = torch.full_like(self.scale, torch.inf)
@@ -109,8 +119,10 @@ class _Search:
     def _try(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes; groups in which this grid is the best so far keep it."""
         codes = self._grid.codes(self._groups, scale, zero)
-        error = ((codes - zero) * scale - self._groups).abs_().pow_(self._norm).sum(1, keepdim=True)
-        better = error < self._error
+        size = ((codes - zero) * scale - self._groups).abs_()
+        squared = size.square().sum(1, keepdim=True)
+        error = size.pow_(self._norm).sum(1, keepdim=True)
+        better = (error < self._error) & (squared <= self._allowed)
         self._error = torch.where(better, error, self._error)
         self.scale = torch.where(better, scale, self.scale)
         self.zero = torch.where(better, zero, self.zero)

@@ -12,6 +12,7 @@ planned. Blocks in front of it need not be run again, so a choice costs the bloc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from dwindle.quantize.layer_plan import LayerFormat
+from dwindle.quantize.time_left import TimeLeft
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from dwindle.quantize.decoder_blocks import DecoderBlocks
 
 __all__ = ["JointCurve", "JointKL"]
+
+_log = logging.getLogger("dwindle")
 
 _BATCH_TOKENS = 2048
 """Tokens that go through the blocks at once, in whole windows, at least one."""
@@ -125,6 +129,7 @@ class JointKL:
         """Return the summed KL over some batches for every candidate."""
         found: dict[str, dict[LayerFormat, float]] = {}
         states = self._embedded([self._batches[batch] for batch in batches])
+        done, left = 0, TimeLeft(sum(self._work(layer, candidates) for layer in range(self._layers)))
         for layer in range(self._layers):
             for name in [name for name in self._names[layer] if name in candidates]:
                 found[name] = {
@@ -134,7 +139,14 @@ class JointKL:
                     for form, weight in candidates[name].items()
                 }
             states = self._behind(layer, states, fixed, layer + 1)
+            done += self._work(layer, candidates)
+            _log.info("KL of single linears: block %d of %d, %s", layer + 1, self._layers, left.after(done))
         return found
+
+    def _work(self, layer: int, candidates: Mapping[str, Mapping[LayerFormat, QuantizedWeight]]) -> int:
+        """Return how many blocks are run for a block's candidates, and one to go on."""
+        runs = sum(len(candidates[name]) for name in self._names[layer] if name in candidates)
+        return runs * (self._layers - layer) + 1
 
     def _dense(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
         return {name: weight.dequantize().to(self._blocks.device) for name, weight in weights.items()}

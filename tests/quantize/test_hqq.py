@@ -18,12 +18,11 @@ def test_never_worse_than_rounding_in_its_norm(bits: int, symmetric: bool, balan
     weight = heavy_tailed(bits)
     found = hqq(weight, bits, group_size, symmetric, balanced=balanced)
     assert (found.bits, found.group_size, found.symmetric, found.balanced) == (bits, group_size, symmetric, balanced)
-    ours = norm_errors(weight, found)
-    for candidates in (1, 10):
-        plain = round_to_nearest(weight, bits, group_size, symmetric, candidates, balanced=balanced)
-        theirs = norm_errors(weight, plain)
-        assert (ours <= theirs * (1 + 1e-5)).all()
-        assert ours.sum() < theirs.sum()
+    plain = round_to_nearest(weight, bits, group_size, symmetric, balanced=balanced)
+    ours, theirs = norm_errors(weight, found), norm_errors(weight, plain)
+    assert (ours <= theirs * (1 + 1e-5)).all()
+    assert ours.sum() < theirs.sum()
+    assert (norm_errors(weight, found, 2.0) <= norm_errors(weight, plain, 2.0) * (1 + 1e-5)).all()
 
 
 def test_zero_points_move() -> None:
@@ -33,12 +32,11 @@ def test_zero_points_move() -> None:
     assert not torch.equal(found.zero_points, plain.zero_points)
 
 
-def test_one_outlier_does_not_dictate_the_grid() -> None:
+def test_an_outlier_is_not_given_up_for_the_norm() -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
     weight[:, 0] = 12
-    errors = [(weight - coded.dequantize())[:, 1:].abs().mean()
-              for coded in (round_to_nearest(weight, 3, 32), hqq(weight, 3, 32))]  # fmt: skip
-    assert errors[1] < 0.8 * errors[0]
+    found = hqq(weight, 3, 32).dequantize()
+    assert (found[:, 0] > 9).all()
 
 
 def test_scaling_a_weight_scales_the_result() -> None:
