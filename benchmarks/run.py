@@ -3,8 +3,9 @@
 Two kinds of cases. An alternated case is one job done by dwindle and by a peer, in turn, in fresh processes; it prints
 the medians of wall seconds and peak resident memory, the quality both reached, and the ratio peer / dwindle of each
 pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
-`quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped) and `scale` measures
-memory on a model of a billion weights (`scale.py`).
+`quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
+on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
+`gate` exports the real models to every format and executes them (`gate.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale")
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate")
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -83,6 +84,10 @@ def main() -> None:
             quality(peers, options.results)
         elif name == "scale":
             scale()
+        elif name == "onnx":
+            subprocess.run([sys.executable, str(HERE / "onnx_decode.py")], check=True)
+        elif name == "gate":
+            subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:
             everything[name] = alternated(name, peers[0], options.runs)
     if options.json:

@@ -7,6 +7,7 @@
     |- DoesNotFit           2    no plan meets the budget that was asked for
     |- OutputError          2    a place that cannot be written, or that holds something else
     |- MissingExtra         2    an optional package is not installed (with the pip line)
+    |- ExportFailed         2    a converter gave up (with the operator and module it failed on)
     `- GateFailed           1    work was done, but a quality, parity or budget gate failed
 
 A message says what was found, what was needed and what to do, with every offender at once:
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "DoesNotFit",
     "DwindleError",
+    "ExportFailed",
     "GateFailed",
     "MissingExtra",
     "OutputError",
@@ -67,6 +69,10 @@ class MissingExtra(DwindleError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an extra that is not installed. Run: pip install 'dwindle[{extra}]'")
+
+
+class ExportFailed(DwindleError):
+    """A converter of another library gave up; the message names the operator and the module it failed on."""
 
 
 class GateFailed(DwindleError):

@@ -101,6 +101,8 @@ class Parity:
     executed_by: str
     passed: bool = True
     limits: Mapping[str, float] = field(default_factory=dict)
+    longest_tokens: int = 0
+    """Length of the longest text among those checked."""
 
 
 @dataclass(frozen=True)

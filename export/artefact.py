@@ -12,6 +12,7 @@
     source                       sha256 of the bundle that was exported and its lineage
     files                        path, bytes, sha256 of every other file of the folder
     parity                       numbers, limits and verdict of the executed check
+    not_executed                 what, why: runtimes that the check could not reach
 
 A manifest holds no time and no path of the machine: exporting the same bundle twice gives the same folder.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -33,11 +34,11 @@ from dwindle.bundle import ModelBundle
 from dwindle.errors import OutputError
 from dwindle.model_source import quiet_transformers
 from dwindle.quantized_model import packed_specs
-from dwindle.report import Parity
+from dwindle.report import Parity, Skipped
 from dwindle.storage import hash_file, write_json
 from dwindle.weights import spec_bits
 
-__all__ = ["MANIFEST_FILE", "model_facts", "read_manifest", "require_artifact_place", "versions_of",
+__all__ = ["MANIFEST_FILE", "manifest_of", "model_facts", "read_manifest", "require_artifact_place", "versions_of",
            "write_companions", "write_manifest"]  # fmt: skip
 
 MANIFEST_FILE = "manifest.json"
@@ -123,14 +124,13 @@ def versions_of(names: Iterable[str]) -> dict[str, str]:
     return {"dwindle": dwindle.__version__, **{name: metadata.version(name) for name in names}}
 
 
-def write_manifest(
-    folder: Path, kind: str, bundle: ModelBundle, *, facts: Mapping[str, Any], runtime: Mapping[str, Any],
-    versions: Mapping[str, str], parity: Parity,
+def manifest_of(
+    kind: str, bundle: ModelBundle, *, facts: Mapping[str, Any], runtime: Mapping[str, Any],
+    versions: Mapping[str, str], parity: Parity, not_executed: Sequence[Skipped] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Write manifest.json over all files that lie in `folder` now; return its object."""
+    """Return what manifest.json says, all but the files."""
     formats = Counter(row["format"] for row in facts["layers"].values())
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    manifest = {
+    return {
         "schema": SCHEMA,
         "format": kind,
         "dwindle": dwindle.__version__,
@@ -139,9 +139,14 @@ def write_manifest(
         "runtime": dict(runtime),
         "versions": dict(versions),
         "source": {"sha256": bundle.content_sha256, "lineage": bundle.lineage.to_json()["entries"]},
-        "files": [{"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": hash_file(p)}
-                  for p in files],
         "parity": asdict(parity),
-    }  # fmt: skip
-    write_json(folder / MANIFEST_FILE, manifest)
-    return manifest
+        "not_executed": [asdict(one) for one in not_executed],
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json over all files that lie in `folder` now."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    listed = [{"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": hash_file(p)}
+              for p in files]  # fmt: skip
+    write_json(folder / MANIFEST_FILE, {**manifest, "files": listed})

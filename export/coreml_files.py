@@ -9,36 +9,56 @@ import logging
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dwindle.errors import MissingExtra, OutputError
 from dwindle.storage import write_text
 
-__all__ = ["MANIFEST_FILE", "PACKAGE", "SPECIFICATION_FILE", "WEIGHTS_FILE", "fresh_names", "quiet_coremltools",
-           "read_specification", "settle"]  # fmt: skip
+__all__ = ["MANIFEST_FILE", "PACKAGE", "SPECIFICATION_FILE", "WEIGHTS_FILE", "chunk_name", "fresh_names",
+           "quiet_coremltools", "read_specification", "settle"]  # fmt: skip
 
 PACKAGE = "model.mlpackage"
-"""Name of the package inside an artifact folder."""
+"""Name of the package inside an artifact folder, unless the model was cut."""
 MANIFEST_FILE = "Manifest.json"
 SPECIFICATION_FILE = "Data/com.apple.CoreML/model.mlmodel"
 """Where a package keeps its program and its description."""
 WEIGHTS_FILE = "Data/com.apple.CoreML/weights/weight.bin"
 """Where it keeps its constants."""
 _ITEMS = "itemInfoEntries"
+_CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 
 
-def settle(package: Path) -> None:
-    """Make the files a function of the model alone.
+def chunk_name(number: int, count: int) -> str:
+    """Return the name of one of a cut model's packages; names sort in the order the packages are run.
 
-    coremltools draws the identifiers of the package's items by chance and leaves the order of a message's maps to the
-    hash of the day, so that two exports of one model would differ. The manifest is written as Apple's library writes
-    it, which rewrites it whenever it opens a package.
+    >>> chunk_name(2, 3)
+    'model_02_of_03.mlpackage'
     """
-    from coremltools.proto import Model_pb2
+    return f"model_{number:02}_of_{count:02}.mlpackage"
 
+
+def settle(package: Path, features: Mapping[str, str], about: Mapping[str, Any]) -> None:
+    """Write the package's metadata, and make its files a function of the model alone.
+
+    `features` describes inputs and outputs by name, `about` holds the fields of the metadata. coremltools draws the
+    identifiers of the package's items by chance, leaves the order of a message's maps to the hash of the day and writes
+    the day down, so that two exports of one model would differ. The manifest is written as Apple's library writes it,
+    which rewrites it whenever it opens a package.
+    """
+    message = read_specification(package)
+    described = message.description
+    for owner in (described, *described.functions):
+        for feature in (*owner.input, *owner.output):
+            feature.shortDescription = features.get(feature.name, "")
+    for name, value in about.items():
+        if isinstance(value, str):
+            setattr(described.metadata, name, value)
+        else:
+            getattr(described.metadata, name).update(value)
+    described.metadata.userDefined.pop(_CONVERSION_DATE, None)
     specification = package / SPECIFICATION_FILE
-    message = Model_pb2.Model.FromString(specification.read_bytes())
     specification.write_bytes(message.SerializeToString(deterministic=True))
     specification.chmod(0o644)
     manifest = json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -49,10 +69,22 @@ def settle(package: Path) -> None:
 
 
 def read_specification(package: Path) -> Any:
-    """Return the package's protobuf message. `coremltools.utils.load_spec` would write into the package."""
-    from coremltools.proto import Model_pb2
+    """Return the package's protobuf message. `coremltools.utils.load_spec` would write into the package.
 
-    return Model_pb2.Model.FromString((package / SPECIFICATION_FILE).read_bytes())
+    Raises OutputError if it is no package or damaged, MissingExtra without coremltools.
+    """
+    try:
+        with quiet_coremltools():
+            import coremltools
+    except ImportError as error:
+        raise MissingExtra("Reading a Core ML package", "coreml") from error
+    if not (package / MANIFEST_FILE).is_file():
+        raise OutputError(f"{package} is no Core ML package. Give one that a coreml export wrote.")
+    try:
+        return coremltools.proto.Model_pb2.Model.FromString((package / SPECIFICATION_FILE).read_bytes())
+    except Exception as error:  # whatever a damaged file makes protobuf stumble over
+        raise OutputError(f"{package} cannot be read ({type(error).__name__}: {error}). It is damaged or no "
+                          "mlprogram; export it again.") from error  # fmt: skip
 
 
 @contextlib.contextmanager

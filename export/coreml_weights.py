@@ -14,8 +14,12 @@ numbers, and so are balanced ones, whose numbers are halves; the same two operat
     symmetric, balanced -> shift_scale(data = lut_to_dense(codes uint{b}, lut fp16: code - centre), scale)
     asymmetric          -> shift_scale(data = lut_to_dense(codes uint{b}, lut uint8: code), scale, offset uint8)
 
+    float matrix -> const fp16
+
 A graph pass puts them in: it runs first of all, while every weight is still a constant that bears its parameter's
-name, and fails unless it finds each one. Not `coremltools.optimize`, which clusters on its own, and not its
+name, and fails unless it finds each one. Float matrices go the same way, rounded to float16 once, so that the converter
+never holds them in float32: as constexpr_cast(fp16), which no pass folds, until a last pass takes it and the cast that
+coremltools has put behind it away. Not `coremltools.optimize`, which clusters on its own, and not its
 `_COREML_/weight/lut` buffers, which search the index of every weight (12.6 s for one 3072 x 8192 matrix) and take
 palettes through float32, where `add_fp16_cast` lifts values near zero to the smallest fp16 number.
 """
@@ -29,13 +33,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra, offenders
+from dwindle.export.coreml_chunks import chunk_problems
+from dwindle.export.options import ExportOptions
 from dwindle.quantized_model import packed_specs
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
 
-__all__ = ["AFFINE_BITS", "PALETTE_BITS", "carry_codes_pass", "coreml_problems", "engine_notes"]
+__all__ = ["AFFINE_BITS", "PALETTE_BITS", "CarriedWeight", "carry_codes_pass", "coreml_problems", "is_chained",
+           "settle_floats_pass"]  # fmt: skip
+
+CarriedWeight = QuantizedWeight | Tensor
+"""What takes a constant's place: codes, or a float matrix that is to be stored as float16."""
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 """Widths of an index that Core ML stores."""
@@ -45,17 +56,13 @@ _DATA_BITS = (4, 8)
 """Widths that constexpr_blockwise_shift_scale takes by itself."""
 NUMPY_TOO_NEW = (2, 4)
 """coremltools 9.0 fails from this version on."""
-STATE_MULTIPLE = 32
-"""The last dimension of a state must be a multiple of it for the Neural Engine (coremltools issue 2631)."""
-
-LARGE_STATE_BYTES = 256_000_000
-"""States above this size are noted: they are allocated whole, however short the text is."""
 
 
-def coreml_problems(bundle: ModelBundle) -> list[str]:
+def coreml_problems(bundle: ModelBundle, options: ExportOptions | None = None) -> list[str]:
     """Return one line per thing that keeps this bundle from being written here; empty is good.
 
-    Raises MissingExtra without coremltools.
+    Without options only the weights' formats are looked at. Raises MissingExtra without coremltools, and RecipeError
+    for a context that the model cannot have.
     """
     if importlib.util.find_spec("coremltools") is None:
         raise MissingExtra("Core ML export", "coreml")
@@ -71,32 +78,15 @@ def coreml_problems(bundle: ModelBundle) -> list[str]:
                 f"coreml: {len(wrong)} {kind} weights have a width that Core ML does not store: "
                 f"{offenders(wrong, 6)}. Quantize with bits of {', '.join(map(str, allowed))}."
             )
-    return problems
+    return problems if options is None else problems + _shape_problems(bundle, options.resolved(bundle.anatomy))
 
 
-def engine_notes(bundle: ModelBundle, context: int) -> tuple[str, ...]:
-    """Return what converts and yet may disappoint on a device: work that leaves the Neural Engine, large states."""
-    notes, anatomy = [], bundle.anatomy
-    state_bytes = 2 * 2 * anatomy.layers * anatomy.kv_heads * anatomy.head_dim * context
-    if state_bytes > LARGE_STATE_BYTES:
-        notes.append(f"the KV cache of a context of {context:,} tokens takes {state_bytes / 1e6:,.0f} MB on the device "
-                     "from the start. Set context_length to what the app needs.")  # fmt: skip
-    if anatomy.head_dim % STATE_MULTIPLE:
-        notes.append(f"the KV cache's last dimension is head_dim={anatomy.head_dim}, no multiple of {STATE_MULTIPLE}: "
-                     "the Neural Engine is reported to refuse such states.")  # fmt: skip
-    specs = packed_specs(bundle.model)
-    scaled = [name for name, spec in specs.items() if spec.get("row_scales")]
-    if scaled:
-        notes.append(f"{len(scaled)} weights have palettes with row scales: the Neural Engine is reported to refuse "
-                     "those.")  # fmt: skip
-    chained = [name for name, spec in specs.items() if spec["kind"] == AffineWeight.kind and _is_chained(spec)]
-    if chained:
-        notes.append(f"{len(chained)} weights are integers of 2 or 3 bits, or balanced ones, stored as indices with "
-                     "scales: the Neural Engine is reported to refuse those.")  # fmt: skip
-    if anatomy.model_type.startswith("gemma"):
-        notes.append("this family was trained in bfloat16, and its residual stream is known to exceed float16's range: "
-                     "hold the executed check's fp16_peak against 65,504.")  # fmt: skip
-    return tuple(notes)
+def _shape_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
+    context, problems = options.context_length or 0, []
+    if options.shapes == "static" and options.prefill_tokens > context:
+        problems.append(f"coreml: prefill_tokens={options.prefill_tokens:,} is more than the context of {context:,} "
+                        f"tokens. Set it to {context:,} at most.")  # fmt: skip
+    return problems + chunk_problems(bundle, context, options.largest_file_bytes)
 
 
 @functools.cache
@@ -108,7 +98,7 @@ def carry_codes_pass() -> str:
     class carry_codes(AbstractGraphPass):  # type: ignore[misc]
         """Replace named constants by their packed form."""
 
-        weights: Mapping[str, QuantizedWeight] = {}
+        weights: Mapping[str, CarriedWeight] = {}
 
         def apply(self, prog: Any) -> None:
             """Replace all of them in the program's one function."""
@@ -125,18 +115,49 @@ def carry_codes_pass() -> str:
     return "dwindle::carry_codes"
 
 
-def _replace(block: Any, op: Any, weight: QuantizedWeight) -> None:
-    """Put the packed form of `weight` in the place of a float32 constant.
+@functools.cache
+def settle_floats_pass() -> str:
+    """Register the pass that turns cast(constexpr_cast(x)) into x, and return its name."""
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    class settle_floats(AbstractGraphPass):  # type: ignore[misc]
+        """Leave the float16 constant alone where float32 was only on paper."""
+
+        def apply(self, prog: Any) -> None:
+            """Replace all of them in the program's one function."""
+            block = prog.functions["main"]
+            with block:
+                for op in [op for op in block.operations if op.op_type == "constexpr_cast"]:
+                    for cast in list(op.outputs[0].child_ops):
+                        if cast.op_type != "cast" or cast.dtype.val != "fp16":
+                            raise RuntimeError(f"{op.name} is used in float32 by {cast.op_type} {cast.name}")
+                        block.replace_uses_of_var_after_op(anchor_op=cast, old_var=cast.outputs[0],
+                                                           new_var=op.source_val, force_replace=True)  # fmt: skip
+                        block.remove_ops([cast])
+                    block.remove_ops([op])
+
+    register_pass(namespace="dwindle")(settle_floats)
+    return "dwindle::settle_floats"
+
+
+def _replace(block: Any, op: Any, weight: CarriedWeight) -> None:
+    """Put the stored form of `weight` in the place of a float32 constant.
 
     Its tables stay fp16; the cast to float32 keeps the program well typed until coremltools turns all of it to
     fp16 and removes the two casts that then meet.
     """
     from coremltools.converters.mil.mil import Builder as mb
 
-    if tuple(op.outputs[0].shape) != weight.shape:
-        raise RuntimeError(f"{op.name} is {op.outputs[0].shape} in the program and {weight.shape} in the checkpoint")
-    packed = _palettes(mb, op, weight) if isinstance(weight, PalettizedWeight) else _integers(mb, op, weight)
-    wide = mb.cast(x=packed, dtype="fp32", before_op=op, name=f"{op.name}_fp32")
+    shape = tuple(weight.shape)
+    if tuple(op.outputs[0].shape) != shape:
+        raise RuntimeError(f"{op.name} is {op.outputs[0].shape} in the program and {shape} in the checkpoint")
+    if isinstance(weight, Tensor):
+        wide = mb.constexpr_cast(source_val=weight.half().numpy(), output_dtype="fp32", before_op=op,
+                                 name=f"{op.name}_fp32")  # fmt: skip
+    else:
+        packed = _palettes(mb, op, weight) if isinstance(weight, PalettizedWeight) else _integers(mb, op, weight)
+        wide = mb.cast(x=packed, dtype="fp32", before_op=op, name=f"{op.name}_fp32")
     block.replace_uses_of_var_after_op(anchor_op=op, old_var=op.outputs[0], new_var=wide, no_check_var_types=True)
     block.remove_ops([op])
 
@@ -155,9 +176,9 @@ def _palettes(mb: Any, op: Any, weight: PalettizedWeight) -> Any:
 def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
     codes, arguments = weight.codes.numpy(), {}
     if weight.zero_points is not None:
-        offset_bits = 8 if _is_chained(weight.spec()) else weight.bits
+        offset_bits = 8 if is_chained(weight.spec()) else weight.bits
         arguments["offset"] = _typed(weight.zero_points.numpy(), f"uint{offset_bits}")
-    if _is_chained(weight.spec()):
+    if is_chained(weight.spec()):
         data = _numbers(mb, op, weight)
     elif weight.symmetric:
         data = _typed(codes.astype(np.int16) - 2 ** (weight.bits - 1), f"int{weight.bits}")
@@ -168,7 +189,7 @@ def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
     )
 
 
-def _is_chained(spec: Mapping[str, Any]) -> bool:
+def is_chained(spec: Mapping[str, Any]) -> bool:
     """Return whether integers with this spec are looked up before they are scaled."""
     return spec["bits"] not in _DATA_BITS or bool(spec.get("balanced"))
 
@@ -186,5 +207,7 @@ def _typed(values: NDArray[Any], name: str) -> NDArray[Any]:
     """Return values in the numpy type by which coremltools knows that name; it may be narrower than a byte."""
     from coremltools.converters.mil.mil import types
 
-    typed: NDArray[Any] = values.astype(types.nptype_from_builtin(types.string_to_builtin(name)))
+    kind = np.dtype(types.nptype_from_builtin(types.string_to_builtin(name)))
+    # A narrow type is a byte that says how wide it is; codes are bytes already and need no copy to bear it.
+    typed: NDArray[Any] = values.view(kind) if values.dtype == kind else values.astype(kind)
     return typed

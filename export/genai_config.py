@@ -1,7 +1,8 @@
 """genai_config.json: what ONNX Runtime GenAI needs to generate text from a folder of ours.
 
-The names are those of `onnx_graph`; `past_present_share_buffer` is off because the graph returns a grown cache instead
-of writing into a fixed one.
+The names are those of `onnx_graph`. In the fused form the runtime hands in one buffer of `max_length` tokens as past
+and present (`past_present_share_buffer`), so a step copies no cache; the plain form returns a grown cache and also
+wants position_ids.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from dwindle.bundle import ModelBundle
+from dwindle.export.onnx_attention import is_fused
+from dwindle.export.onnx_graph import MODEL_FILE
+from dwindle.export.options import ExportOptions
 
 __all__ = ["genai_config"]
 
@@ -16,9 +20,11 @@ _TYPES = {"olmo2": "olmo"}
 """Families that the runtime knows under another name; to it, both are decoders with these inputs and outputs."""
 
 
-def genai_config(bundle: ModelBundle, context_length: int) -> dict[str, Any]:
-    """Return the object of genai_config.json; greedy search by default."""
+def genai_config(bundle: ModelBundle, options: ExportOptions) -> dict[str, Any]:
+    """Return the object of genai_config.json for resolved options; greedy search by default."""
     anatomy, special = bundle.anatomy, _special_tokens(bundle)
+    context_length, shared = options.context_length, is_fused(anatomy, options)
+    positions = {} if shared else {"position_ids": "position_ids"}
     return {
         "model": {
             "type": _TYPES.get(anatomy.model_type, anatomy.model_type),
@@ -26,7 +32,7 @@ def genai_config(bundle: ModelBundle, context_length: int) -> dict[str, Any]:
             "context_length": context_length,
             **special,
             "decoder": {
-                "filename": "model.onnx",
+                "filename": MODEL_FILE,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "hidden_size": anatomy.width,
                 "head_size": anatomy.head_dim,
@@ -36,7 +42,7 @@ def genai_config(bundle: ModelBundle, context_length: int) -> dict[str, Any]:
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
+                    **positions,
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -47,7 +53,7 @@ def genai_config(bundle: ModelBundle, context_length: int) -> dict[str, Any]:
                 },
             },
         },
-        "search": {"max_length": context_length, "do_sample": False, "past_present_share_buffer": False},
+        "search": {"max_length": context_length, "do_sample": False, "past_present_share_buffer": shared},
     }
 
 

@@ -6,6 +6,11 @@ MatMulNBits unchanged (a trace turns them into Cast, Sub, Mul), and streams weig
 
 Opset 23 (ONNX 1.18, ONNX Runtime 1.23 and later) has the three operators a decoder is made of: `Attention` with
 grouped heads, mask, soft cap and KV cache, `RotaryEmbedding` and `RMSNormalization`.
+
+No copy of the model is ever held: a tensor is written when it is made. With external data its bytes go into the data
+file. Without, it becomes a message of its own in the model file, `ModelProto{graph{initializer}}`, and the nodes follow
+at the end: by protobuf's rules a concatenation of messages reads as their merge.
+(https://protobuf.dev/programming-guides/encoding/#last-one-wins)
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import dwindle
+from dwindle.errors import ExportFailed
 
 __all__ = ["MICROSOFT", "OPSETS", "Dims", "GraphBuilder"]
 
@@ -36,6 +42,7 @@ _TYPES = {
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.uint8: TensorProto.UINT8,
+    torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
 }
 
@@ -44,14 +51,15 @@ Dims = Sequence[int | str]
 
 
 class GraphBuilder:
-    """Collects nodes and weights; `save` writes the model. A context manager, so that the data file gets closed."""
+    """Collects nodes and writes weights; `save` ends the model file. A context manager, so that files get closed."""
 
     def __init__(self, path: Path, *, external_data: bool) -> None:
         self.path = path
         self._data_path = path.with_name(path.name + ".data")
+        self._file = path.open("wb")
         self._data = self._data_path.open("wb") if external_data else None
         self._nodes: list[Any] = []
-        self._initializers: dict[str, Any] = {}
+        self._stored: dict[str, Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._counts: dict[str, int] = {}
@@ -61,6 +69,7 @@ class GraphBuilder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
+        self._file.close()
         if self._data is not None:
             self._data.close()
 
@@ -79,10 +88,10 @@ class GraphBuilder:
         return self.ops(kind, 1, *inputs, name=name, domain=domain, **attributes)[0]
 
     def ops(self, kind: str, outputs: int, *inputs: str, name: str = "", domain: str = "",
-            **attributes: Any) -> list[str]:  # fmt: skip
-        """Add a node with several outputs; return their names."""
+            unused: tuple[int, ...] = (), **attributes: Any) -> list[str]:  # fmt: skip
+        """Add a node with several outputs; return their names, empty for those that nobody wants."""
         label = self._unique(f"{name}/{kind}" if name else kind)
-        found = [label if i == 0 else f"{label}:{i}" for i in range(outputs)]
+        found = ["" if i in unused else f"{label}:{i}" if i else label for i in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), found, name=label, domain=domain, **attributes))
         return found
 
@@ -90,6 +99,10 @@ class GraphBuilder:
         """Return the name of a constant int64 vector."""
         name = "ints/" + "_".join(map(str, values))
         return self.weight(name, lambda: torch.tensor(values, dtype=torch.int64))
+
+    def integer(self, value: int) -> str:
+        """Return the name of a constant int64 scalar."""
+        return self.weight(f"integers/{value}", lambda: torch.tensor(value, dtype=torch.int64))
 
     def scalar(self, value: float) -> str:
         """Return the name of a constant float32 scalar."""
@@ -103,8 +116,10 @@ class GraphBuilder:
 
     def weight(self, name: str, make: Callable[[], Tensor]) -> str:
         """Return `name` after storing the tensor that `make` gives; a name already stored is not made again."""
-        if name not in self._initializers:
-            self._initializers[name] = self._tensor(name, make().detach().cpu().contiguous())
+        if name not in self._stored:
+            tensor = make().detach().cpu().contiguous()
+            self._stored[name] = helper.make_tensor_value_info(name, _TYPES[tensor.dtype], list(tensor.shape))
+            self._store(name, tensor)
         return name
 
     def float_weight(self, name: str, make: Callable[[], Tensor], storage: torch.dtype) -> str:
@@ -121,32 +136,44 @@ class GraphBuilder:
         return self.op("Cast", self.weight(name, lambda: narrow), name=name, to=TensorProto.FLOAT)
 
     def save(self, metadata: dict[str, str]) -> None:
-        """Write the model, check it, and record `metadata` in it."""
-        graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs,
-                                  list(self._initializers.values()))  # fmt: skip
+        """Check the graph, then write nodes, inputs, outputs and `metadata` behind the weights.
+
+        Raises ExportFailed, with the operator and its module's name, if the graph is not valid ONNX.
+        """
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dwindle",
-                                  producer_version=dwindle.__version__)  # fmt: skip
-        helper.set_model_props(model, metadata)
+
+        def model(inputs: list[Any]) -> Any:
+            graph = helper.make_graph(self._nodes, "decoder", inputs, self._outputs)
+            return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dwindle",
+                                     producer_version=dwindle.__version__)  # fmt: skip
+
+        try:
+            onnx.checker.check_model(model([*self._inputs, *self._stored.values()]))
+        except onnx.checker.ValidationError as error:  # names the node, which bears its module's name
+            raise ExportFailed(f"onnx {onnx.__version__} refuses the graph of {self.path.name}: {error}") from error
+        whole = model(self._inputs)
+        helper.set_model_props(whole, metadata)
+        self._file.write(whole.SerializeToString(deterministic=True))
+        self._file.flush()
         if self._data is not None:
             self._data.flush()
-        onnx.save_model(model, str(self.path))
-        onnx.checker.check_model(str(self.path))
 
     def _unique(self, label: str) -> str:
         count = self._counts.get(label, 0)
         self._counts[label] = count + 1
         return f"{label}_{count}" if count else label
 
-    def _tensor(self, name: str, tensor: Tensor) -> Any:
+    def _store(self, name: str, tensor: Tensor) -> None:
         array = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
         proto = TensorProto(name=name, data_type=_TYPES[tensor.dtype], dims=list(tensor.shape))
         if self._data is None or array.nbytes <= _SMALL_BYTES:
             proto.raw_data = array.tobytes()
-            return proto
-        self._data.write(bytes(-self._data.tell() % _ALIGNMENT_BYTES))
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._data_path.name), ("offset", self._data.tell()), ("length", array.nbytes)):
-            proto.external_data.add(key=key, value=str(value))
-        self._data.write(np.ascontiguousarray(array).data.cast("B"))
-        return proto
+        else:
+            self._data.write(bytes(-self._data.tell() % _ALIGNMENT_BYTES))
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self._data_path.name, "offset": self._data.tell(), "length": array.nbytes}
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+            self._data.write(np.ascontiguousarray(array).data.cast("B"))
+        message = onnx.ModelProto(graph=onnx.GraphProto(initializer=[proto]))
+        self._file.write(message.SerializeToString(deterministic=True))

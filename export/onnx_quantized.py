@@ -19,7 +19,8 @@ bytes. This is `AffineWeight`'s own arithmetic, so codes go in unchanged and not
   2048 x 2048 product takes 0.31 ms in 4 bits, 12 ms in 8 (it unpacks the whole weight first) and 0.6 ms in two
   planes, on one x86 core. With int8 activations 8 bits have their own kernel and are stored as they are.
 
-An embedding read by a tied head is stored once; both operators read the same bytes.
+An embedding read by a tied head is stored once; both operators read the same bytes. Scales stay in the fp16 they have;
+a Cast to the float32 that the operators want is folded when a session is made.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def _half_step_product(graph: GraphBuilder, x: str, name: str, plane: Plane, sca
 def _stored(graph: GraphBuilder, name: str, index: int, plane: Plane) -> tuple[str, str]:
     suffix = f"_{index}" if index else ""
     data = graph.weight(f"{name}.weight_Q{plane.bits}{suffix}", lambda: plane.data)
-    return data, graph.weight(f"{name}.scales{suffix}", lambda: plane.scales)
+    return data, graph.float_weight(f"{name}.scales{suffix}", lambda: plane.scales, torch.float16)
 
 
 def _packed_zero_points(graph: GraphBuilder, name: str, index: int, plane: Plane) -> str:

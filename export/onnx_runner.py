@@ -1,7 +1,13 @@
-"""An exported ONNX decoder, executed by plain ONNX Runtime on the CPU with the KV cache kept here."""
+"""An exported ONNX decoder, executed by plain ONNX Runtime on the CPU with the KV cache kept here.
+
+A graph of the fused form (see `onnx_attention`) reads and writes one buffer a tensor, bound as past and as present, so
+a step copies nothing; the buffers double when a text outgrows them. A graph of the plain form returns a grown cache.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwindle.errors import MissingExtra, OutputError
+from dwindle.errors import ExportFailed, MissingExtra, OutputError
 
 __all__ = ["OnnxRunner"]
+
+_FIRST_SLOTS = 256
+"""Tokens the shared buffers hold at first, where the context is not shorter."""
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 class OnnxRunner:
@@ -20,7 +30,8 @@ class OnnxRunner:
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """Open a session. `threads` None leaves the number to ONNX Runtime (one a physical core).
 
-        Raises MissingExtra without onnxruntime, OutputError if the folder holds no model.
+        Raises MissingExtra without onnxruntime, OutputError if the folder holds no model of ours, ExportFailed if the
+        runtime does not take it; so does `step`.
         """
         try:
             import onnxruntime
@@ -30,31 +41,76 @@ class OnnxRunner:
         if not path.is_file():
             raise OutputError(f"{folder} holds no model.onnx. Give a folder that an ONNX export wrote.")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # refusals are raised below, not printed
         options.intra_op_num_threads = threads or 0
-        self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._runtime: Any = onnxruntime
         self.executed_by = f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
-        shapes = {value.name: value.shape for value in self.session.get_inputs()}
-        self._empty = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
-                       for name, shape in shapes.items() if name.startswith("past_key_values.")}  # fmt: skip
-        self._present = ["present" + name.removeprefix("past_key_values") for name in self._empty]
+        with self._refusals(path):
+            self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        written = self.session.get_modelmeta().custom_metadata_map
+        if "dwindle.context_length" not in written:
+            raise OutputError(f"{path} does not say its context length. Give a folder that an ONNX export wrote.")
+        self.context = int(written["dwindle.context_length"])
+        """Longest text the graph is meant for, in tokens."""
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        self._shared = "position_ids" not in inputs
+        self._empty = {name: np.zeros((1, value.shape[1], 0, value.shape[3]), _TYPES[value.type])
+                       for name, value in inputs.items() if name.startswith("past_key_values.")}  # fmt: skip
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache."""
         self._past: dict[str, Any] = dict(self._empty)
-        self.length = 0
+        self._buffers: dict[str, Any] = {}
+        self._slots = self.length = 0
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed ids [1, T]; return logits [T, V] float32."""
-        total = self.length + ids.shape[1]
-        feeds = {
-            "input_ids": ids.numpy().astype(np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
-            **self._past,
-        }
-        logits, *present = self.session.run(["logits", *self._present], feeds)
+        past, self.length = self.length, self.length + ids.shape[1]
+        feeds = {"input_ids": ids.numpy().astype(np.int64), "attention_mask": np.ones((1, self.length), np.int64)}
+        if self._shared:
+            return torch.from_numpy(self._bound(feeds, past)[0])
+        feeds["position_ids"] = np.arange(past, self.length, dtype=np.int64)[None]
+        with self._refusals("a step"):
+            logits, *present = self.session.run(["logits", *map(_present, self._empty)], {**feeds, **self._past})
         self._past = dict(zip(self._empty, present, strict=True))
-        self.length = total
         return torch.from_numpy(logits[0])
+
+    def _bound(self, feeds: dict[str, Any], past: int) -> Any:
+        """Return logits [1, T, V] of a step over the shared buffers."""
+        if self.length > self._slots:
+            self._grow(past)
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, buffer in self._buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(_present(name), buffer)
+        binding.bind_output("logits")
+        with self._refusals("a step"):
+            self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+    @contextmanager
+    def _refusals(self, what: Path | str) -> Iterator[None]:
+        """Turn what ONNX Runtime raises, which names the operator by its module, into ExportFailed."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise ExportFailed(f"{self.executed_by} refuses {what}: {error}") from error
+
+    def _grow(self, past: int) -> None:
+        """Make room for `length` tokens at least, keeping the first `past`."""
+        wanted = max(self.length, 2 * self._slots, _FIRST_SLOTS)
+        self._slots = max(self.length, min(wanted, self.context))
+        for name, empty in self._empty.items():
+            array = np.zeros((1, empty.shape[1], self._slots, empty.shape[3]), empty.dtype)
+            if name in self._buffers:
+                array[:, :, :past] = self._buffers[name].numpy()[:, :, :past]
+            self._buffers[name] = self._runtime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _present(name: str) -> str:
+    return "present" + name.removeprefix("past_key_values")

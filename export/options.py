@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dwindle.errors import RecipeError
 
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
 
-__all__ = ["FORMATS", "Activations", "ExportOptions"]
+__all__ = ["FORMATS", "Activations", "ExportOptions", "KVCache", "Operators", "Shapes"]
 
-FORMATS = ("onnx", "coreml")
+FORMATS = ("onnx", "coreml", "coreai")
 """The formats an export can write, in the order they are written."""
 Activations = Literal["float32", "int8"]
+KVCache = Literal["float32", "float16", "int8"]
+Operators = Literal["fused", "plain"]
+Shapes = Literal["dynamic", "static"]
+_CHOICES = {"activations": Activations, "kv_cache": KVCache, "operators": Operators, "shapes": Shapes}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What to write and how hard to check it."""
 
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = ("onnx", "coreml")
     """Formats to write, each into a folder of that name; see FORMATS."""
     context_length: int | None = None
     """Longest text the artifact is meant for, in tokens; None: as far as the model's positions are exact."""
@@ -29,8 +33,24 @@ class ExportOptions:
     """Prompts of the parity check."""
     prompt_tokens: int = 64
     """Longest prefill of the parity check, in tokens; shorter where a quarter of the context is."""
-    decode_steps: int = 32
-    """Cached one-token steps after each prefill."""
+    decode_steps: int = 64
+    """Cached one-token steps after each prefill; fewer where the context ends."""
+    longest_tokens: int = 2048
+    """The last text of the parity check is as long as the context, and at most this long."""
+    shapes: Shapes = "dynamic"
+    """Core ML and Core AI: `dynamic` is one program for any number of tokens (CPU and GPU); `static` is a prefill
+    function of `prefill_tokens` and a decode function of one token over a cache of full length, sharing their weights,
+    as the Neural Engine wants them."""
+    prefill_tokens: int = 64
+    """Tokens that the prefill function takes at a time where `shapes` is static."""
+    kv_cache: KVCache = "float32"
+    """ONNX only: the type keys and values are kept in between steps; float16 takes half of the memory, int8 a quarter
+    and rounds them, with one scale a channel found on sample text. The parity limits are wider accordingly."""
+    operators: Operators = "fused"
+    """ONNX only: `fused` uses ONNX Runtime's own operators for attention, norms and activation, `plain` those of the
+    ONNX standard (integer weights keep MatMulNBits, for which the standard has nothing)."""
+    largest_file_bytes: int = 2_000_000_000
+    """Core ML only: a package whose weights would pass this is split by layers into several, run one after another."""
     activations: Activations = "float32"
     """ONNX only: the type quantized matrix products compute in. int8 is three to four times as fast and rounds the
     activations in blocks, which moves logits by one or two percent of their range (about 2e-4 nats/token); its parity
@@ -47,15 +67,24 @@ class ExportOptions:
             problems.append(f"formats is empty; name at least one of {', '.join(FORMATS)}")
         if len(set(self.formats)) != len(self.formats):
             problems.append(f"formats={list(self.formats)} names a format twice")
-        least_values = {"prompts": 1, "prompt_tokens": 1, "decode_steps": 1, "external_data_above_bytes": 0}
+        least_values = {
+            "prompts": 1,
+            "prompt_tokens": 1,
+            "decode_steps": 1,
+            "longest_tokens": 1,
+            "external_data_above_bytes": 0,
+            "prefill_tokens": 2,
+            "largest_file_bytes": 1,
+        }
         for name, least in least_values.items():
             value = getattr(self, name)
             if not _is_whole(value) or value < least:
                 problems.append(f"{name}={value!r} must be a whole number, at least {least}")
         if self.context_length is not None and (not _is_whole(self.context_length) or self.context_length < 2):
             problems.append(f"context_length={self.context_length!r} must be a whole number, at least 2, or null")
-        if self.activations not in ("float32", "int8"):
-            problems.append(f"activations={self.activations!r}; known: float32, int8")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                problems.append(f"{name}={getattr(self, name)!r}; known: {', '.join(get_args(choices))}")
         if problems:
             raise RecipeError(f"export: {'; '.join(problems)}.")
 
@@ -63,29 +92,26 @@ class ExportOptions:
         """Return the options with a concrete context length for this model.
 
         Some rope scalings change all frequencies once a text outgrows a length (`Rope.longest_exact`); a fixed graph
-        is exact up to there, so that is the longest context. Raises RecipeError if a longer one was asked for, or if
-        the context has no room for the parity check.
+        is exact up to there, so that is the longest context. Raises RecipeError if a longer one was asked for.
         """
         longest = min([anatomy.context, *(rope.longest_exact for rope in anatomy.traits.ropes if rope is not None)])
         length = longest if self.context_length is None else self.context_length
         if length > longest:
             raise RecipeError(f"export: context_length={length:,} is more than the {longest:,} tokens this "
                               f"{anatomy.model_type} is exact for. Ask for {longest:,} at most.")  # fmt: skip
-        if length <= self.decode_steps:
-            raise RecipeError(f"export: context_length={length:,} leaves no room for a prompt and decode_steps="
-                              f"{self.decode_steps}. Raise the one or lower the other.")  # fmt: skip
         return replace(self, context_length=length)
 
-    def prompt_length(self) -> int:
-        """Return the prefill length of the parity check for resolved options.
+    def parity_lengths(self) -> tuple[int, int, int]:
+        """Return (prompt, cached steps, longest text) in tokens of the parity check, for resolved options.
 
-        >>> ExportOptions(context_length=256).prompt_length(), ExportOptions(context_length=40).prompt_length()
-        (64, 8)
+        >>> ExportOptions(context_length=256).parity_lengths(), ExportOptions(context_length=40).parity_lengths()
+        ((64, 64, 256), (10, 30, 40))
         """
         if self.context_length is None:
-            raise ValueError("prompt_length needs resolved options")
-        quarter = max(1, self.context_length // 4)
-        return min(self.prompt_tokens, quarter, self.context_length - self.decode_steps)
+            raise ValueError("parity_lengths needs resolved options")
+        prompt = min(self.prompt_tokens, max(1, self.context_length // 4))
+        steps = min(self.decode_steps, self.context_length - prompt)
+        return prompt, steps, min(self.longest_tokens, self.context_length)
 
 
 def _is_whole(value: object) -> bool:

@@ -1,8 +1,10 @@
 """The parity gate: an exported artifact, executed, against the torch model that was measured.
 
-One prompt is one prefill of real tokens, then cached one-token steps along the reference's own greedy text. The
-reference logits come from ONE forward pass of the stock transformers model over the whole text, without a cache, so
-the check covers the artifact's cache as well: rotation, masks, order and positions. Compared at every position:
+One prompt is one prefill of real tokens, then cached one-token steps along the text that the artifact itself writes
+greedily; the cache is emptied between prompts. Then comes one text as long as the context (`longest`), fed in pieces
+and its last tokens one by one: the cache's last slot, the far positions and the widest mask have all been computed.
+The reference logits come from ONE forward pass of the stock transformers model over each whole text, without a cache,
+so the check covers the artifact's cache as well: rotation, masks, order and positions. Compared at every position:
 
     max |logit error|          over all logits
     KL(reference || artifact)  nats, full vocabulary, float64, mean over positions
@@ -12,28 +14,34 @@ The limit on logits is a share of the largest |logit| of the reference, because 
 that are summed. ONNX Runtime's float32, float and int4 weights, errs by at most 1.3e-6 of it and 2e-12 nats on tiny
 random models of nine families and three trained ones, and by 1e-5 and 6e-11 nats on 20 random layers (162M
 parameters). A wrong mask, position or scale, and numbers in 16 bits, lie above 1e-3. The limits stand between.
+
+Logits of the reference are computed a few rows at a time and packed weights are unpacked one by one, so the gate needs
+little more memory than the two models: a checkpoint of a billion parameters passes it within 3 GB.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import DataError, GateFailed, RecipeError
-from dwindle.quantized_model import QuantizedEmbedding, QuantizedLinear, cache_dense
+from dwindle.measure import logit_slices
 from dwindle.report import Artifact, Parity
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encode
 
 __all__ = ["DecodeRunner", "ParityLimits", "decode_parity", "parity_prompts", "require_parity"]
 
+_PIECE = 256
+"""Tokens of the longest text fed at a time, and rows of the reference's logits computed at a time."""
+_LAST = 4
+"""Tokens at the end of the longest text that are fed one by one."""
 _ROWS = 16
 """Positions compared at a time; bounds the memory of the float64 softmax."""
 _TEXT = (
@@ -86,20 +94,28 @@ class _Comparison:
     largest_logit: float = 0.0
     finite: bool = True
 
-    def add(self, reference: Tensor, found: Tensor) -> None:
-        """Count logits [T, V] of both sides."""
-        if reference.shape != found.shape:
-            raise ValueError(f"logits have the shapes {list(reference.shape)} and {list(found.shape)}")
-        for expected, actual in zip(torch.split(reference, _ROWS), torch.split(found, _ROWS), strict=True):
-            self.finite &= bool(torch.isfinite(actual).all())
-            self.largest_error = max(self.largest_error, float((expected - actual).abs().max()))
-            self.largest_logit = max(self.largest_logit, float(expected.abs().max()))
-            self.agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
-            log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-            self.kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
-            self.tokens += len(expected)
+    def add(self, reference: Iterator[Tensor], found: Iterable[Tensor]) -> None:
+        """Count the logits [T, V] of one text, which come in different pieces from the two sides."""
+        expected = torch.empty(0)
+        for actual in found:
+            while len(expected) < len(actual):
+                expected = torch.cat([expected, next(reference)]) if len(expected) else next(reference)
+            for one, other in zip(torch.split(expected[: len(actual)], _ROWS), torch.split(actual, _ROWS), strict=True):
+                self._count(one, other)
+            expected = expected[len(actual) :]
 
-    def verdict(self, limits: ParityLimits, executed_by: str) -> Parity:
+    def _count(self, expected: Tensor, actual: Tensor) -> None:
+        if expected.shape != actual.shape:
+            raise ValueError(f"logits have the shapes {list(expected.shape)} and {list(actual.shape)}")
+        self.finite &= bool(torch.isfinite(actual).all())
+        self.largest_error = max(self.largest_error, float((expected - actual).abs().max()))
+        self.largest_logit = max(self.largest_logit, float(expected.abs().max()))
+        self.agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
+        self.kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
+        self.tokens += len(expected)
+
+    def verdict(self, limits: ParityLimits, executed_by: str, longest: int) -> Parity:
         """Return the numbers; those of an artifact that gave NaN or infinity are the largest float."""
         worst = sys.float_info.max
         error = self.largest_error if self.finite else worst
@@ -108,14 +124,16 @@ class _Comparison:
         allowed = limits.logit_error_share * self.largest_logit
         passed = error <= allowed and kl <= limits.kl_nats_per_token and agreement >= limits.top1_agreement
         listed = {"max_abs_logit_error": allowed, **asdict(limits), "max_abs_logit": self.largest_logit}
-        return Parity(error, kl, agreement, self.tokens, executed_by, passed and self.finite, listed)
+        return Parity(error, kl, agreement, self.tokens, executed_by, passed and self.finite, listed, longest)
 
 
 def decode_parity(
-    reference: ModelBundle, runner: DecodeRunner, prompts: Sequence[Tensor], decode_steps: int = 32,
-    limits: ParityLimits | None = None, executed_by: str = "",
+    reference: ModelBundle, runner: DecodeRunner, prompts: Sequence[Tensor], decode_steps: int = 64,
+    limits: ParityLimits | None = None, executed_by: str = "", *, longest: Tensor | None = None,
 ) -> Parity:  # fmt: skip
     """Return how closely `runner` follows `reference` over prompts [1, T] and `decode_steps` cached steps each.
+
+    `longest` [1, S] is one more text, as long as the artifact's context if it can be.
 
     A miss is told by `passed`, never raised; `require_parity` raises. Raises DataError without a prompt.
     """
@@ -123,21 +141,26 @@ def decode_parity(
         raise DataError("parity: no prompt was given; at least one is needed.")
     comparison = _Comparison()
     for prompt in prompts:
-        with _dense_weights_kept(reference.model):
-            text = _greedy(reference, prompt, decode_steps)
-            expected = _one_forward(reference, text)
         runner.reset()
-        length = prompt.shape[1]
-        comparison.add(expected[:length], runner.step(prompt))
-        for position in range(length, text.shape[1]):
-            comparison.add(expected[position : position + 1], runner.step(text[:, position : position + 1]))
-    return comparison.verdict(limits or ParityLimits(), executed_by)
+        found, text = [runner.step(prompt)], prompt
+        for _ in range(decode_steps):
+            text = torch.cat([text, found[-1][-1:].argmax(-1, keepdim=True)], dim=1)
+            found.append(runner.step(text[:, -1:]))
+        comparison.add(_reference(reference, text), found)
+    if longest is not None:
+        runner.reset()
+        cut = max(1, longest.shape[1] - _LAST)
+        pieces = [*torch.split(longest[:, :cut], _PIECE, dim=1), *longest[:, cut:].split(1, dim=1)]
+        comparison.add(_reference(reference, longest), (runner.step(piece) for piece in pieces))
+    length = 0 if longest is None else longest.shape[1]
+    return comparison.verdict(limits or ParityLimits(), executed_by, length)
 
 
 def parity_prompts(reference: ModelBundle, count: int, length: int, evaluation: TokenSet | None = None) -> list[Tensor]:
     """Return `count` prompts [1, length], spread evenly over the evaluation tokens, or over a fixed text.
 
-    Raises DataError if the evaluation set holds fewer than `length` tokens.
+    A fixed text is repeated as often as needed. Raises DataError if the evaluation set holds fewer than `length`
+    tokens.
     """
     if evaluation is None:
         ids = torch.tensor(encode(reference.tokenizer, _TEXT), dtype=torch.int64)
@@ -166,35 +189,8 @@ def require_parity(artifacts: Sequence[Artifact]) -> None:
                          f"{'; '.join(missed)}. The files are kept for inspection; do not ship them.")  # fmt: skip
 
 
-@contextlib.contextmanager
-def _dense_weights_kept(model: Any) -> Iterator[None]:
-    """Keep the dense weights of packed modules for the length of the check, then drop those it made."""
-    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
-    already = any(m.cache_dense for m in packed)
-    if packed and not already:
-        cache_dense(model)
-    try:
-        yield
-    finally:
-        if packed and not already:
-            cache_dense(model, enabled=False)
-
-
 @torch.no_grad()
-def _greedy(bundle: ModelBundle, prompt: Tensor, steps: int) -> Tensor:
-    """Return ids [1, T + steps]: the prompt and the stock model's own greedy text, end marks ignored."""
-    model = cast(Any, bundle.model)
-    ids, fed, cache = prompt, prompt, None
-    for _ in range(steps):
-        out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
-        fed, cache = out.logits[:, -1:].argmax(-1).cpu(), out.past_key_values
-        ids = torch.cat([ids, fed], dim=1)
-    return ids
-
-
-@torch.no_grad()
-def _one_forward(bundle: ModelBundle, ids: Tensor) -> Tensor:
-    """Return logits [T, V] float32 of one forward pass without a cache."""
-    model = cast(Any, bundle.model)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return cast(Tensor, logits)[0].float().cpu()
+def _reference(bundle: ModelBundle, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the logits [rows, V] float32 of one forward pass over ids [1, T] without a cache."""
+    for rows in logit_slices(bundle)(ids, _PIECE):
+        yield rows.cpu()

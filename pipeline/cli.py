@@ -27,7 +27,7 @@ COMMANDS = {
     "prune": ("models:prune", "Cut units out of a model by their importance; the result loads anywhere."),
     "distill": ("models:distill", "Train a student to follow its teacher."),
     "quantize": ("quantize:quantize", "Turn weights into palettes or integers, to a size, packed."),
-    "export": ("models:export", "Write ONNX and Core ML, execute them and prove them equal to the model."),
+    "export": ("export:export", "Write ONNX, Core ML and Core AI, execute them, prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
     "validate": ("targets:validate", "Hold a run to budgets on device profiles."),
     "bench": ("targets:bench", "Measure an exported artifact on a real target."),
@@ -67,6 +67,16 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
+class _Lines(logging.Handler):
+    """Writes log records as the lines that commands print themselves, to whatever stderr is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line: progress with a mark, anything worse with its word."""
+        mark = "> " if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
+        click.echo(click.style(mark, fg="cyan" if record.levelno <= logging.INFO else "yellow") + record.getMessage(),
+                   err=True)  # fmt: skip
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dwindle", prog_name="dwindle")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -78,8 +88,10 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
     Start with `dwindle demo`; then write a recipe (recipes/) and `dwindle run` it.
     """
     ctx.obj = {"debug": debug}
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("dwindle").setLevel(logging.INFO if verbose else logging.WARNING)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Lines) for handler in root.handlers):
+        root.addHandler(_Lines())
+    logging.getLogger("dwindle").setLevel(logging.DEBUG if verbose else logging.INFO)
     for noisy in ("torchao", "torch.utils._pytree"):  # kernels for GPUs that are not there; nothing a user can act on
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

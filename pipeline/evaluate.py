@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from dwindle.data import evaluation_set
 from dwindle.errors import DataError
 from dwindle.measure import LogitSlices, Meter, logit_slices
 from dwindle.report import Measurement
+from dwindle.storage import folder_bytes
 
 __all__ = ["evaluate"]
 
@@ -27,15 +30,18 @@ def evaluate(
     context: int | None = None,
     torch_device: str = "cpu",
 ) -> Measurement:
-    """Return size and quality of a model folder, a Hugging Face id or an exported artifact's folder.
+    """Return size and quality of a model folder, a Hugging Face id, an exported artifact's folder or a bare package.
 
     `reference` is the teacher for KL and agreement; `max_tokens` cuts the text as a recipe's `evaluation_tokens`
-    does; `context` is the window length T (the model's context if None).
+    does; `context` is the window length T (the model's context if None). A bare `.mlpackage` is computed by the
+    evaluator (by Core ML on a Mac); its tokenizer lies beside it, or is the reference's.
     """
     teacher = None if reference is None else ModelBundle.load(reference, torch_device=torch_device)
     folder = Path(model)
     if (folder / "manifest.json").exists():
         return _evaluate_artifact(folder, text, teacher, max_tokens, context)
+    if folder.suffix == ".mlpackage" and folder.is_dir():
+        return _evaluate_package(folder, text, teacher, max_tokens, context)
     bundle = ModelBundle.load(model, torch_device=torch_device)
     evaluation = evaluation_set(str(text), bundle.tokenizer, max_tokens=max_tokens)
     return Meter(evaluation, teacher, context).measure(bundle)
@@ -44,33 +50,67 @@ def evaluate(
 def _evaluate_artifact(
     folder: Path, text: str | Path, teacher: ModelBundle | None, max_tokens: int | None, context: int | None
 ) -> Measurement:
-    from transformers import AutoTokenizer
-
     from dwindle.export import open_artifact
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    runner = open_artifact(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = _Size(int(manifest["parameters"]), int(manifest["bytes"]), int(manifest["vocabulary"]),
+                 int(manifest["context_length"]))  # fmt: skip
+    return _measured(open_artifact(folder), size, _tokenizer(folder), text, teacher, max_tokens, context)
+
+
+def _evaluate_package(
+    package: Path, text: str | Path, teacher: ModelBundle | None, max_tokens: int | None, context: int | None
+) -> Measurement:
+    from dwindle.export.coreml_files import read_specification
+    from dwindle.export.coreml_runner import open_package
+
+    runner = open_package(package)
+    told = read_specification(package).description.metadata.userDefined
+    parameters = told.get("dwindle.parameters") or (None if teacher is None else teacher.size().parameters)
+    beside = package.parent / "tokenizer_config.json"
+    missing = [what for what, there in (("number of parameters", parameters), ("tokenizer", teacher or beside.exists()))
+               if not there]  # fmt: skip
+    if missing:
+        raise DataError(f"{package}: its {' and '.join(missing)} cannot be told from the package. Give the model it "
+                        "was made from as --reference.")  # fmt: skip
+    tokenizer = _tokenizer(package.parent) if beside.exists() else cast(ModelBundle, teacher).tokenizer
+    size = _Size(int(cast(Any, parameters)), folder_bytes(package), runner.vocabulary, runner.context)
+    return _measured(runner, size, tokenizer, text, teacher, max_tokens, context)
+
+
+@dataclass(frozen=True)
+class _Size:
+    parameters: int
+    bytes: int
+    vocabulary: int
+    context: int
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _measured(runner: Any, size: _Size, tokenizer: Any, text: str | Path, teacher: ModelBundle | None,
+              max_tokens: int | None, context: int | None) -> Measurement:  # fmt: skip
+    """Return the quality of anything that is executed token by token."""
     evaluation = evaluation_set(str(text), tokenizer, max_tokens=max_tokens)
-    longest = int(manifest["context_length"])
-    if context is not None and context > longest:
-        raise DataError(f"--context {context}: the artifact takes at most {longest} tokens.")
+    if context is not None and context > size.context:
+        raise DataError(f"--context {context}: the artifact takes at most {size.context} tokens.")
 
     def slices(ids: Tensor, n: int) -> Iterator[Tensor]:
         for row in ids:
             runner.reset()
             yield from torch.split(runner.step(row[None]), n)
 
-    meter = Meter(evaluation, teacher, batch_tokens=1)
-    vocabulary = int(manifest["vocabulary"])
-    quality = meter.quality(
-        slices, None if teacher is None else _reference(teacher), vocab=vocabulary, context=context or longest
+    quality = Meter(evaluation, teacher, batch_tokens=1).quality(
+        slices, None if teacher is None else _reference(teacher), vocab=size.vocabulary, context=context or size.context
     )
-    size = int(manifest["parameters"])
     return Measurement(
-        parameters=size,
-        bytes=int(manifest["bytes"]),
-        bits_per_weight=8 * int(manifest["bytes"]) / size,
+        parameters=size.parameters,
+        bytes=size.bytes,
+        bits_per_weight=8 * size.bytes / size.parameters,
         nats_per_token=quality.nats_per_token,
         bits_per_byte=quality.bits_per_byte,
         kl_nats_per_token=quality.kl_nats_per_token,

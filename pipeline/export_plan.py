@@ -57,7 +57,7 @@ def plan_exports(
         for variant, quantized in variants.items():
             try:
                 if quantized is not None:
-                    check(quantized, kind)
+                    check(quantized, _runtime(plain, kind))
                 plans.append(ExportPlan(kind, variant, False, _one(plain, kind)))
                 break
             except RecipeError as problem:
@@ -88,6 +88,11 @@ def planned_exports(recipe: Recipe) -> tuple[ExportPlan, ...]:
         if step.name == "export":
             return plan_exports(recipe.options[index, None], ends)
     return ()
+
+
+def _runtime(options: ExportOptions, kind: str) -> str:
+    """Return what must carry the codes: fixed shapes are for Core AI's Neural Engine, which takes fewer formats."""
+    return "coreai-engine" if kind == "coreai" and options.shapes == "static" else kind
 
 
 def _one(options: ExportOptions, kind: str) -> ExportOptions:

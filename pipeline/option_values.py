@@ -66,7 +66,7 @@ def fill(kind: type[Any], values: Mapping[str, Any], where: str, problems: list[
     try:
         return kind(**converted)
     except (DwindleError, ValueError, TypeError) as error:
-        problems.append(f"{where}: {error}")
+        problems.append(f"{where}: {str(error).removeprefix(f'{where}: ')}")
         return None
 
 

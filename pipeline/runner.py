@@ -230,7 +230,9 @@ class _Line:
                 self.notify(f"export {plan.folder}: running")
                 entry = self._fresh_export(plan, source, place, record, key)
             artifact = Artifact.from_json(entry["artifact"])
-            self.report = self.report.adding(artifacts=(artifact,))
+            missing = tuple(Skipped(f"{artifact.format}: {one['what']}", one["why"])
+                            for one in artifact.details.get("not_executed", ()))  # fmt: skip
+            self.report = self.report.adding(artifacts=(artifact,), skipped=missing)
             self.notify(f"export {plan.folder}: {artifact_line(artifact)}")
             found.append((artifact, place))
         return found

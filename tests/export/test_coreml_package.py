@@ -1,8 +1,10 @@
-"""The saved package: our codes bit for bit, one tied weight, both lengths, metadata, and parity when executed."""
+"""The saved package: our codes bit for bit, one tied weight, every length, metadata, and parity when executed.
+
+Both forms: one function of flexible length, and two of static shapes over one set of weights.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import shutil
 import sys
@@ -14,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from dwindle.errors import MissingExtra, RecipeError
+from dwindle.errors import RecipeError
 from dwindle.export import coreml_weights
+from dwindle.export.coreml_decoder import MirroredNorm
 from dwindle.export.coreml_files import PACKAGE, WEIGHTS_FILE, quiet_coremltools
-from dwindle.export.coreml_package import MINIMUM_OS, CoreMLInfo, MirroredNorm, export_coreml
+from dwindle.export.coreml_package import MINIMUM_OS, CoreMLInfo, export_coreml
 from dwindle.export.coreml_runner import CoreMLEvaluatorRunner, CoreMLNativeRunner
-from dwindle.export.coreml_weights import carry_codes_pass, coreml_problems, engine_notes
+from dwindle.export.coreml_weights import carry_codes_pass
 from dwindle.export.decoder import RMSNorm
 from dwindle.export.mil_evaluator import MilProgram
 from dwindle.export.options import ExportOptions
@@ -28,6 +31,8 @@ from dwindle.quantized_model import apply_quantized_weights
 from dwindle.storage import hash_folder
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
 
+OPTIONS = ExportOptions(decode_steps=8)
+STATIC = ExportOptions(decode_steps=8, shapes="static", prefill_tokens=5)
 LIMITS = ParityLimits(logit_error_share=5e-3, kl_nats_per_token=1e-5, top1_agreement=0.97)
 
 
@@ -116,7 +121,7 @@ def carried(tiny_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     bundle = tiny_bundle("qwen3", storage_dtype=torch.float16)
     weights = packed(bundle)
     folder = tmp_path_factory.mktemp("carried")
-    return bundle, weights, folder, export_coreml(bundle, folder, ExportOptions())
+    return bundle, weights, folder, export_coreml(bundle, folder, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +130,24 @@ def carried_narrowly(tiny_bundle: Callable[..., Any], tmp_path_factory: pytest.T
     bundle = tiny_bundle("llama", storage_dtype=torch.float16)
     weights = packed_narrowly(bundle)
     folder = tmp_path_factory.mktemp("narrow")
-    return bundle, weights, folder, export_coreml(bundle, folder, ExportOptions())
+    return bundle, weights, folder, export_coreml(bundle, folder, OPTIONS)
 
 
-@pytest.mark.parametrize("form", ["carried", "carried_narrowly"])
-def test_codes_and_tables_are_ours_bit_for_bit(form: str, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(scope="module")
+def carried_static(carried: Carried, tmp_path_factory: pytest.TempPathFactory) -> Carried:
+    """The model of `carried` as a package of two functions."""
+    bundle, weights, _, _ = carried
+    folder = tmp_path_factory.mktemp("static")
+    return bundle, weights, folder, export_coreml(bundle, folder, STATIC)
+
+
+@pytest.mark.parametrize(
+    ("form", "function"),
+    [("carried", "main"), ("carried_narrowly", "main"), ("carried_static", "prefill"), ("carried_static", "decode")],
+)
+def test_codes_and_tables_are_ours_bit_for_bit(form: str, function: str, request: pytest.FixtureRequest) -> None:
     _, weights, folder, _ = request.getfixturevalue(form)
-    stored = MilProgram.load(folder / PACKAGE).constants
+    stored = MilProgram.load(folder / PACKAGE, function).constants
     for name, weight in weights.items():
         ours = {key.split("weight_")[-1]: value for key, value in stored.items() if key.startswith(_spelled(name))}
         if isinstance(weight, PalettizedWeight):
@@ -218,8 +234,9 @@ def test_the_tied_weight_is_stored_once_and_the_size_is_that_of_the_codes(carrie
     assert program.operations["constexpr_blockwise_shift_scale"] == 4
 
 
-def test_a_packed_model_decodes_like_the_measured_one(carried: Carried) -> None:
-    bundle, _, folder, _ = carried
+@pytest.mark.parametrize("form", ["carried", "carried_static"])
+def test_a_packed_model_decodes_like_the_measured_one(form: str, request: pytest.FixtureRequest) -> None:
+    bundle, _, folder, _ = request.getfixturevalue(form)
     parity = _parity(bundle, folder)
     assert parity.passed, parity
     assert "Core ML itself was not executed" in parity.executed_by
@@ -234,6 +251,22 @@ def test_what_is_checked_is_what_lies_on_disk(carried: Carried, tmp_path: Path) 
     assert stored.count(ours) == 1
     path.write_bytes(stored.replace(ours, bytes(len(ours))))
     assert not _parity(bundle, tmp_path).passed
+
+
+def test_two_functions_share_weights_and_states(carried: Carried, carried_static: Carried) -> None:
+    _, _, folder, info = carried_static
+    functions = MilProgram.load_all(folder / PACKAGE)
+    assert set(functions) == {"prefill", "decode"} == set(info.functions)
+    prefill, decode = functions["prefill"], functions["decode"]
+    assert dict(prefill.state_shapes) == dict(decode.state_shapes) == dict.fromkeys(("key_cache", "value_cache"),
+                                                                                    (2, 1, 2, 64, 16))  # fmt: skip
+    assert dict(prefill.input_shapes) == {"input_ids": (1, 5), "causal_mask": (1, 1, 5, 64), "position": (1,)}
+    assert dict(decode.input_shapes) == {"input_ids": (1, 1), "causal_mask": (1, 1, 1, 64), "position": (1,)}
+    assert info.weight_bytes <= 1.01 * carried[3].weight_bytes
+    dense = {key: value for step in prefill.steps for key, value in step.inputs.items() if key == "weight"}
+    again = {key: value for step in decode.steps for key, value in step.inputs.items() if key == "weight"}
+    assert all(value is again[key] for key, value in dense.items())
+    assert len(dense) == 1
 
 
 def test_one_program_takes_every_length(carried: Carried) -> None:
@@ -258,6 +291,7 @@ def test_metadata_says_what_it_is(carried: Carried) -> None:
         description = ct.utils.load_spec(str(folder / PACKAGE)).description
     metadata = description.metadata
     assert "past + T" in metadata.shortDescription
+    assert description.input[1].shortDescription.startswith("Added to the attention scores")
     assert metadata.author == "dwindle"
     assert metadata.license
     assert metadata.versionString
@@ -270,11 +304,28 @@ def test_metadata_says_what_it_is(carried: Carried) -> None:
     assert [s.name for s in description.state] == ["key_cache", "value_cache"]
 
 
+def test_metadata_of_two_functions_says_how_to_feed_them(carried_static: Carried) -> None:
+    import coremltools as ct
+
+    _, _, folder, _ = carried_static
+    with quiet_coremltools():
+        description = ct.utils.load_spec(str(folder / PACKAGE)).description
+    assert "prefill (5 tokens) and decode (1 token)" in description.metadata.shortDescription
+    given = dict(description.metadata.userDefined)
+    assert (given["dwindle.shapes"], given["dwindle.prefill_tokens"]) == ("static", "5")
+    assert given["dwindle.part"] == "1 of 1"
+    assert description.defaultFunctionName == "decode"
+    for function in description.functions:
+        assert [i.name for i in function.input] == ["input_ids", "causal_mask", "position"]
+        assert all(feature.shortDescription for feature in (*function.input, *function.output))
+        assert [s.name for s in function.state] == ["key_cache", "value_cache"]
+
+
 def test_a_second_export_is_the_same_folder(carried: Carried, tmp_path: Path) -> None:
     import coremltools as ct
 
     bundle, _, folder, _ = carried
-    export_coreml(bundle, tmp_path, ExportOptions())
+    export_coreml(bundle, tmp_path, OPTIONS)
     exported = hash_folder(tmp_path)
     assert exported == hash_folder(folder)
     CoreMLEvaluatorRunner(tmp_path)
@@ -282,14 +333,21 @@ def test_a_second_export_is_the_same_folder(carried: Carried, tmp_path: Path) ->
     with quiet_coremltools():
         ct.utils.load_spec(str(tmp_path / PACKAGE))
     assert exported == hash_folder(tmp_path)
-    export_coreml(bundle, tmp_path, ExportOptions(context_length=40))
+    export_coreml(bundle, tmp_path, ExportOptions(context_length=40, decode_steps=8))
     assert CoreMLEvaluatorRunner(tmp_path).context == 40
+
+
+def test_a_second_static_export_is_the_same_folder(carried_static: Carried, tmp_path: Path) -> None:
+    bundle, _, folder, _ = carried_static
+    export_coreml(bundle, tmp_path, STATIC)
+    assert hash_folder(tmp_path) == hash_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [PACKAGE]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_float_families_decode_like_torch(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     bundle = tiny_bundle(family, storage_dtype=torch.float16)
-    info = export_coreml(bundle, tmp_path, ExportOptions())
+    info = export_coreml(bundle, tmp_path, OPTIONS)
     assert _parity(bundle, tmp_path).passed
     overhead = 128 * 2 * bundle.anatomy.layers * 20 + 4 * 64 * 16 * 2
     assert info.weight_bytes < info.counted_bytes + overhead
@@ -299,7 +357,7 @@ def test_float_families_decode_like_torch(family: str, tiny_bundle: Callable[...
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "smollm3", "olmo2"])
 def test_the_other_families_decode_like_torch(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     bundle = tiny_bundle(family, storage_dtype=torch.float16)
-    export_coreml(bundle, tmp_path, ExportOptions())
+    export_coreml(bundle, tmp_path, OPTIONS)
     assert _parity(bundle, tmp_path).passed
 
 
@@ -309,7 +367,7 @@ def test_trained_models_decode_like_torch(name: str, assets: Path, tmp_path: Pat
     from dwindle.bundle import ModelBundle
 
     bundle = ModelBundle.load(assets / "models" / name)
-    options = ExportOptions().resolved(bundle.anatomy)
+    options = ExportOptions(decode_steps=32).resolved(bundle.anatomy)
     export_coreml(bundle, tmp_path, options)
     prompts = parity_prompts(bundle, 2, options.prompt_length())
     parity = decode_parity(bundle, CoreMLEvaluatorRunner(tmp_path), prompts, 32, LIMITS)
@@ -323,7 +381,7 @@ def test_widths_core_ml_does_not_store_are_refused_all_at_once(tiny_bundle: Call
                parts["up"]: integers((64, 32), 6, 32)}  # fmt: skip
     apply_quantized_weights(bundle.model, weights, {})
     with pytest.raises(RecipeError) as refusal:
-        export_coreml(bundle, tmp_path, ExportOptions())
+        export_coreml(bundle, tmp_path, OPTIONS)
     message = str(refusal.value)
     assert "2 palettized weights" in message
     assert "model.layers.0.self_attn.q_proj (5 bits), model.layers.0.self_attn.o_proj (7 bits)" in message
@@ -331,29 +389,6 @@ def test_widths_core_ml_does_not_store_are_refused_all_at_once(tiny_bundle: Call
     assert "1 affine weights" in message
     assert "model.layers.0.mlp.up_proj (6 bits)" in message
     assert not list(tmp_path.iterdir())
-
-
-def test_what_the_neural_engine_dislikes_is_noted(carried: Carried, tiny_bundle: Callable[..., Any]) -> None:
-    bundle, _, _, info = carried
-    assert info.notes == engine_notes(bundle, info.context_length)
-    assert "head_dim=16" in info.notes[0]
-    assert "1 weights have palettes with row scales" in info.notes[1]
-    plain = tiny_bundle("qwen3", head_dim=32)
-    assert engine_notes(plain, 64) == ()
-    assert "context of 1,000,000 tokens takes 512 MB" in engine_notes(plain, 1_000_000)[0]
-    assert "bfloat16" in engine_notes(tiny_bundle("gemma3_text", head_dim=32), 64)[0]
-
-
-def test_a_missing_or_unfit_library_is_told_before_any_work(
-    tiny_bundle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    bundle = tiny_bundle("llama")
-    monkeypatch.setattr(coreml_weights, "NUMPY_TOO_NEW", (2, 0))
-    with pytest.raises(RecipeError, match=r"numpy .* pip install 'numpy<2.4'"):
-        export_coreml(bundle, tmp_path, ExportOptions())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtra, match=r"dwindle\[coreml\]"):
-        coreml_problems(bundle)
 
 
 def test_codes_that_do_not_meet_their_constant_stop_the_conversion() -> None:
@@ -393,21 +428,16 @@ def test_conversion_is_silent(
 ) -> None:
     notices = logging.getLogger("coremltools")
     before = notices.level
-    export_coreml(tiny_bundle("llama", num_hidden_layers=1), tmp_path, ExportOptions())
+    export_coreml(tiny_bundle("llama", num_hidden_layers=1), tmp_path, OPTIONS)
     assert capfd.readouterr() == ("", "")
     assert notices.level == before
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="says what is missing elsewhere")
-def test_core_ml_itself_is_refused_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="Core ML runs on macOS"):
-        CoreMLNativeRunner(tmp_path)
-
-
 @pytest.mark.macos
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs Core ML")
-def test_core_ml_runs_the_package(carried: Carried) -> None:
-    bundle, _, folder, _ = carried
+@pytest.mark.parametrize("form", ["carried", "carried_static"])
+def test_core_ml_runs_the_package(form: str, request: pytest.FixtureRequest) -> None:
+    bundle, _, folder, _ = request.getfixturevalue(form)
     runner = CoreMLNativeRunner(folder)
     parity = decode_parity(bundle, runner, parity_prompts(bundle, 1, 12), 8,
                            ParityLimits(0.05, 1e-3, 0.9), runner.executed_by)  # fmt: skip

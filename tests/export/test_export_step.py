@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from dwindle import export
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra, OutputError, RecipeError
-from dwindle.export import ExportOptions
+from dwindle.export import ExportOptions, backends
 from dwindle.export import step as export_step
 from dwindle.export.artefact import read_manifest
 from dwindle.quantized_model import apply_quantized_weights
@@ -30,7 +30,7 @@ ONNX = ExportOptions(formats=("onnx",))
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"formats": ("onyx",)}, "formats names 'onyx'; known: onnx, coreml"),
+        ({"formats": ("onyx",)}, "formats names 'onyx'; known: onnx, coreml, coreai"),
         ({"formats": ()}, "formats is empty"),
         ({"formats": ("onnx", "onnx")}, "twice"),
         ({"prompts": 0, "decode_steps": -1}, "prompts=0 must .*; decode_steps=-1 must"),
@@ -50,13 +50,11 @@ def test_the_context_is_the_one_the_positions_are_exact_for(tiny_bundle: Callabl
     assert ExportOptions(context_length=40).resolved(anatomy).context_length == 40
     with pytest.raises(RecipeError, match="context_length=65 is more than the 64 tokens this llama is exact for"):
         ExportOptions(context_length=65).resolved(anatomy)
-    with pytest.raises(RecipeError, match="leaves no room for a prompt and decode_steps=32"):
-        ExportOptions(context_length=32).resolved(anatomy)
     longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     stretched = tiny_bundle("phi3", rope_scaling=longrope, original_max_position_embeddings=48).anatomy
     assert ExportOptions().resolved(stretched).context_length == 48
     with pytest.raises(ValueError, match="resolved"):
-        ExportOptions().prompt_length()
+        ExportOptions().parity_lengths()
 
 
 def test_the_folder_is_whole_checked_and_accounted_for(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
@@ -65,7 +63,8 @@ def test_the_folder_is_whole_checked_and_accounted_for(tiny_bundle: Callable[...
     place = tmp_path / "onnx"
     export.require_parity([artifact])
     assert artifact.parity is not None
-    assert artifact.parity.tokens_checked == 2 * (16 + 32)
+    assert artifact.parity.tokens_checked == 2 * 64 + 64
+    assert artifact.parity.longest_tokens == 64
     assert artifact.parity.executed_by.startswith("onnxruntime ")
     assert (artifact.path, artifact.bytes, artifact.sha256) == (str(place), folder_bytes(place), hash_folder(place))
     assert set(artifact.versions) == {"dwindle", "onnx", "onnxruntime", "torch", "transformers"}
@@ -103,7 +102,7 @@ def test_details_carry_what_a_cost_model_needs(tiny_bundle: Callable[..., Any], 
 def test_both_formats_of_one_bundle(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     bundle = tiny_bundle("llama", num_hidden_layers=1)
-    artifacts = export.run(bundle, ExportOptions(prompts=1, decode_steps=32), tmp_path)
+    artifacts = export.run(bundle, ExportOptions(prompts=1), tmp_path)
     export.require_parity(artifacts)
     assert [a.format for a in artifacts] == ["onnx", "coreml"]
     coreml = read_manifest(tmp_path / "coreml")
@@ -198,8 +197,8 @@ def test_a_chat_template_travels_along(tiny_bundle: Callable[..., Any], tmp_path
 
 def test_prompts_that_do_not_fit_are_refused(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     bundle = tiny_bundle("llama")
-    prompts = [torch.zeros(1, 33, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)]
-    with pytest.raises(RecipeError, match=r"2 prompts have the shapes \[\[1, 33\], \[4\]\]; .* 1 to 32 tokens"):
+    prompts = [torch.zeros(1, 17, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)]
+    with pytest.raises(RecipeError, match=r"2 prompts have the shapes \[\[1, 17\], \[4\]\]; .* 1 to 16 tokens"):
         export.run(bundle, ONNX, tmp_path, prompts=prompts)
 
 
@@ -207,11 +206,11 @@ def test_a_miss_is_told_kept_and_not_raised(
     tiny_bundle: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, other = tiny_bundle("llama"), tiny_bundle("llama", seed=1)
-    original = export_step._FORMATS["onnx"].write
+    original = backends.BACKENDS["onnx"].write
     wrong = dataclasses.replace(
-        export_step._FORMATS["onnx"], write=lambda _, folder, options: original(other, folder, options)
+        backends.BACKENDS["onnx"], write=lambda _, folder, options: original(other, folder, options)
     )
-    monkeypatch.setitem(export_step._FORMATS, "onnx", wrong)
+    monkeypatch.setitem(backends.BACKENDS, "onnx", wrong)
     (artifact,) = export.run(bundle, ONNX, tmp_path)
     assert artifact.parity is not None
     assert not artifact.parity.passed
@@ -251,7 +250,7 @@ def test_a_missing_library_names_the_pip_line(
 
 def test_a_missing_module_of_ours_is_not_a_missing_extra() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"dwindle\.export\.absent"):
-        export_step._module("absent", "onnx")
+        backends._module("absent", "onnx")
 
 
 def greedy(bundle: ModelBundle, prompt: list[int], count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from dwindle.errors import RecipeError
 from dwindle.export.onnx_builder import OPSETS
 from dwindle.export.onnx_graph import export_onnx
 from dwindle.export.onnx_runner import OnnxRunner
-from dwindle.export.options import ExportOptions
+from dwindle.export.options import ExportOptions, Operators
 from dwindle.export.parity import decode_parity, parity_prompts
 
-OPTIONS = ExportOptions(formats=("onnx",))
+OPTIONS = ExportOptions(formats=("onnx",), decode_steps=32)
 
 
 def exported(bundle: Any, folder: Path, options: ExportOptions = OPTIONS) -> OnnxRunner:
@@ -60,50 +61,74 @@ def test_biases_and_partial_rotation(tiny_bundle: Callable[..., Any], tmp_path: 
     assert decode_parity(partial, exported(partial, tmp_path / "b"), parity_prompts(partial, 1, 16), 8).passed
 
 
-def feeds(ids: np.ndarray, mask: np.ndarray, runner: OnnxRunner, past: dict[str, np.ndarray] | None = None) -> Any:
-    """Inputs as transformers builds them for a padded batch: positions count the tokens that are not padding."""
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
-    empty = {name: np.repeat(value, len(ids), axis=0) for name, value in runner._empty.items()}
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **(past or empty)}
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_left_padded_batch_equals_single_rows(family: str, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
-    bundle = tiny_bundle(family, sliding_window=32) if family != "llama" else tiny_bundle(family)
-    runner = exported(bundle, tmp_path)
+@pytest.mark.parametrize("operators", ["fused", "plain"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi3"])
+def test_left_padded_batch_equals_transformers(
+    family: str, operators: Operators, tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Three unequal prompts, then cached steps, positions and windows of each row its own; windows are outgrown."""
+    bundle = tiny_bundle(family)
+    session = exported(bundle, tmp_path, replace(OPTIONS, operators=operators)).session
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 250, (1, n), generator=generator) for n in (12, 5, 9)]
-    longest = 11
-    ids, mask = np.full((3, longest), 258, np.int64), np.zeros((3, longest), np.int64)
-    for i, row in enumerate(rows):
-        ids[i, longest - row.shape[1] + 1 :], mask[i, longest - row.shape[1] + 1 :] = row[0, :-1].numpy(), 1
-    names = [output.name for output in runner.session.get_outputs()]
-    first = dict(zip(names, runner.session.run(None, feeds(ids, mask, runner)), strict=True))
-    assert np.isfinite(first["logits"]).all()
-    past = {name: first["present" + name.removeprefix("past_key_values")] for name in runner._empty}
-    last = np.concatenate([row[:, -1:].numpy() for row in rows])
-    second = runner.session.run(
-        ["logits"], feeds(last, np.pad(mask, ((0, 0), (0, 1)), constant_values=1), runner, past)
-    )
-    for i, row in enumerate(rows):
-        with torch.no_grad():
-            expected = bundle.model(input_ids=row, use_cache=False).logits[0].numpy()
-        found = np.concatenate([first["logits"][i, longest - row.shape[1] + 1 :], second[0][i]])
-        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    lengths, longest, steps = (14, 5, 9), 14, 4
+    ids = torch.randint(0, 250, (3, longest + steps), generator=generator)
+    mask = torch.ones(3, longest + steps, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, : longest - length], mask[row, : longest - length] = 258, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = bundle.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    inputs = {value.name: value for value in session.get_inputs()}
+    past = {name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32)
+            for name, value in inputs.items() if name.startswith("past")}  # fmt: skip
+    found = []
+    for start, end in [(0, longest), *((i, i + 1) for i in range(longest, longest + steps))]:
+        feeds = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": mask[:, :end],
+            "position_ids": positions[:, start:end],
+        }
+        given = {name: value.numpy() for name, value in feeds.items() if name in inputs}
+        logits, *present = session.run(None, {**given, **past})
+        past = dict(zip(past, present, strict=True))
+        found.append(torch.from_numpy(logits))
+    assert torch.isfinite(torch.cat(found, 1)).all()
+    real = mask.bool()
+    assert float((torch.cat(found, 1) - expected)[real].abs().max()) <= 1e-5 * float(expected[real].abs().max())
 
 
-def test_names_shapes_and_opset(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [8, 12, 16])
+def test_a_head_the_kernel_does_not_take_keeps_the_standard_operator(
+    head_dim: int, tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    """16 is rotated inside the kernel, 8 in front of it, 12 needs the operator of the standard domain."""
+    bundle = tiny_bundle("llama", head_dim=head_dim)
+    runner = exported(bundle, tmp_path)
+    assert decode_parity(bundle, runner, parity_prompts(bundle, 1, 16), 16).passed
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert ("GroupQueryAttention" in kinds, "Attention" in kinds) == (head_dim != 12, head_dim == 12)
+    assert ("RotaryEmbedding" in kinds) == (head_dim != 16)
+
+
+@pytest.mark.parametrize("operators", ["fused", "plain"])
+def test_names_shapes_and_opset(operators: Operators, tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     bundle = tiny_bundle("llama")
-    exported(bundle, tmp_path)
+    exported(bundle, tmp_path, replace(OPTIONS, operators=operators))
     model = onnx.load(tmp_path / "model.onnx")
     inputs = [value.name for value in model.graph.input]
-    assert inputs[:3] == ["input_ids", "attention_mask", "position_ids"]
-    assert inputs[3:] == [f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")]
+    first = ["input_ids", "attention_mask", *(["position_ids"] if operators == "plain" else [])]
+    assert inputs[: len(first)] == first
+    assert inputs[len(first) :] == [f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")]
     assert [value.name for value in model.graph.output] == [
         "logits", *(f"present.{i}.{kind}" for i in range(2) for kind in ("key", "value"))]  # fmt: skip
     assert {o.domain: o.version for o in model.opset_import} == OPSETS
+    assert {node.domain for node in model.graph.node} == ({"", "com.microsoft"} if operators == "fused" else {""})
     metadata = {p.key: p.value for p in model.metadata_props}
-    assert metadata == {"dwindle.context_length": "64", "dwindle.source_sha256": bundle.content_sha256}
+    assert metadata == {
+        "dwindle.context_length": "64", "dwindle.source_sha256": bundle.content_sha256,
+        "dwindle.operators": operators, "dwindle.kv_cache": "float32", "dwindle.activations": "float32",
+        "dwindle.minimum_runtime": "onnxruntime 1.24" if operators == "fused" else "onnxruntime 1.23",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -121,7 +146,7 @@ def test_sixteen_bit_checkpoints_stay_two_bytes_a_weight(
 def test_external_data_is_byte_for_byte_the_same_model(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
     bundle = tiny_bundle("qwen3")
     inside = exported(bundle, tmp_path / "a")
-    outside = exported(bundle, tmp_path / "b", ExportOptions(external_data_above_bytes=0))
+    outside = exported(bundle, tmp_path / "b", replace(OPTIONS, external_data_above_bytes=0))
     assert not (tmp_path / "a" / "model.onnx.data").exists()
     assert (tmp_path / "b" / "model.onnx.data").stat().st_size > (tmp_path / "b" / "model.onnx").stat().st_size
     ids = torch.arange(20)[None]

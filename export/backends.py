@@ -1,0 +1,170 @@
+"""The table of formats: what each cannot carry, how it is written and executed, how close it must come.
+
+A backend's functions import their libraries when they are called, so that a format whose packages are not installed
+costs the others nothing; `not_executed` says what no machine like this one can run, and why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dwindle.bundle import ModelBundle
+from dwindle.errors import MissingExtra
+from dwindle.export.options import ExportOptions
+from dwindle.export.parity import DecodeRunner, ParityLimits
+from dwindle.report import Skipped
+
+__all__ = ["BACKENDS", "Backend", "ExecutedRunner", "Written"]
+
+_INT8_LIMITS = ParityLimits(logit_error_share=0.1, kl_nats_per_token=5e-3, top1_agreement=0.9)
+"""For activations rounded to int8 on request: far below what 4-bit weights cost, far above a wrong graph's error."""
+
+_INT8_CACHE_LIMITS = ParityLimits(logit_error_share=0.2, kl_nats_per_token=1.5e-2, top1_agreement=0.9)
+"""For keys and values rounded to int8 on request. Trained models err by up to 0.019 of the largest logit and 3e-4 nats;
+one with heads of 8 dimensions and large keys by 0.15 and 7e-3."""
+
+_FLOAT16_LIMITS = ParityLimits(logit_error_share=5e-3, kl_nats_per_token=1e-5, top1_agreement=0.97)
+"""For float tensors (norms, biases, embeddings of float32 checkpoints, a KV cache) that are stored in float16."""
+
+
+class ExecutedRunner(DecodeRunner, Protocol):
+    """A DecodeRunner that says what executes it."""
+
+    executed_by: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter says about the files it wrote."""
+
+    runtime: dict[str, Any]
+    minimum_os: str | None
+    kv_bytes_per_number: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One format; the functions import their libraries when called."""
+
+    extra: str
+    libraries: tuple[str, ...]
+    limits: Callable[[ExportOptions], ParityLimits]
+    problems: Callable[[ModelBundle, ExportOptions], list[str]]
+    write: Callable[[ModelBundle, Path, ExportOptions], Written]
+    open: Callable[[Path], ExecutedRunner]
+    not_executed: Callable[[], tuple[Skipped, ...]]
+
+
+def _module(name: str, extra: str) -> Any:
+    """Return a module of this room that needs libraries of `extra`, or raise MissingExtra."""
+    try:
+        return importlib.import_module(f"dwindle.export.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "dwindle":
+            raise
+        raise MissingExtra(f"Exporting to {extra}", extra) from error
+
+
+def _onnx_limits(options: ExportOptions) -> ParityLimits:
+    if options.kv_cache == "int8":
+        return _INT8_CACHE_LIMITS
+    if options.activations == "int8":
+        return _INT8_LIMITS
+    return _FLOAT16_LIMITS if options.kv_cache == "float16" else ParityLimits()
+
+
+def _onnx_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
+    found: list[str] = _module("onnx_graph", "onnx").onnx_problems(bundle, options)
+    return found
+
+
+def _write_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+    from dwindle.export.genai_config import genai_config
+    from dwindle.storage import write_json
+
+    graph, builder = _module("onnx_graph", "onnx"), _module("onnx_builder", "onnx")
+    graph.export_onnx(bundle, folder, options)
+    write_json(folder / "genai_config.json", genai_config(bundle, options))
+    opsets = {domain or "ai.onnx": version for domain, version in builder.OPSETS.items()}
+    kv = _module("onnx_kv", "onnx")
+    runtime = {"opsets": opsets, "minimum_runtime": kv.minimum_runtime(options), "operators": options.operators,
+               "activations": options.activations, "kv_cache": options.kv_cache, "compute": "float32"}  # fmt: skip
+    return Written(runtime, None, kv.KV_BYTES[options.kv_cache])
+
+
+def _open_onnx(folder: Path) -> ExecutedRunner:
+    runner: ExecutedRunner = _module("onnx_runner", "onnx").OnnxRunner(folder)
+    return runner
+
+
+def _shapes(options: ExportOptions) -> dict[str, Any]:
+    fixed = {"prefill_tokens": options.prefill_tokens} if options.shapes == "static" else {}
+    return {"shapes": options.shapes, **fixed}
+
+
+def _coreml_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
+    found: list[str] = _module("coreml_weights", "coreml").coreml_problems(bundle, options)
+    return found
+
+
+def _write_coreml(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+    info = _module("coreml_package", "coreml").export_coreml(bundle, folder, options)
+    runtime = {"package": info.package.name, "weight_bytes": info.weight_bytes, "compute": "float16",
+               "notes": list(info.notes), **_shapes(options)}  # fmt: skip
+    return Written(runtime, info.minimum_os, 2)
+
+
+def _open_coreml(folder: Path) -> ExecutedRunner:
+    kind = "CoreMLNativeRunner" if sys.platform == "darwin" else "CoreMLEvaluatorRunner"
+    runner: ExecutedRunner = getattr(_module("coreml_runner", "coreml"), kind)(folder)
+    return runner
+
+
+def _coreml_not_executed() -> tuple[Skipped, ...]:
+    if sys.platform == "darwin":
+        return (Skipped("Core ML on an iPhone", "only this Mac was reached"),)
+    why = "it runs on macOS and iOS only; the saved package was computed by dwindle's MIL evaluator in float32"
+    return (Skipped("Core ML's own runtime", why),)
+
+
+def _coreai_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
+    found: list[str] = _module("coreai_weights", "coreai").coreai_problems(bundle, options)
+    return found
+
+
+def _write_coreai(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+    info = _module("coreai_asset", "coreai").export_coreai(bundle, folder, options)
+    runtime = {"asset": info.asset.name, "notes": list(info.notes), **_shapes(options)}
+    return Written(runtime, info.minimum_os, 2)
+
+
+def _open_coreai(folder: Path) -> ExecutedRunner:
+    runner: ExecutedRunner = _module("coreai_runner", "coreai").CoreAIRunner(folder)
+    return runner
+
+
+def _coreai_not_executed() -> tuple[Skipped, ...]:
+    why = "they are not on this machine; Apple's runtime executed the asset on its CPU interpreter"
+    return (Skipped("Core AI on a GPU or a Neural Engine", why),)
+
+
+BACKENDS: dict[str, Backend] = {
+    "onnx": Backend(
+        extra="onnx", libraries=("onnx", "onnxruntime", "torch", "transformers"), limits=_onnx_limits,
+        problems=_onnx_problems, write=_write_onnx, open=_open_onnx, not_executed=lambda: (),
+    ),
+    "coreml": Backend(
+        extra="coreml", libraries=("coremltools", "numpy", "torch", "transformers"), limits=lambda _: _FLOAT16_LIMITS,
+        problems=_coreml_problems, write=_write_coreml, open=_open_coreml, not_executed=_coreml_not_executed,
+    ),
+    "coreai": Backend(
+        extra="coreai", libraries=("coreai-core", "coreai-torch", "torch", "transformers"),
+        limits=lambda _: _FLOAT16_LIMITS, problems=_coreai_problems, write=_write_coreai, open=_open_coreai,
+        not_executed=_coreai_not_executed,
+    ),
+}  # fmt: skip
