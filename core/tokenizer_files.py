@@ -1,8 +1,9 @@
 """The tokenizer of a checkpoint folder: loaded as its files say, checked against the model, and known by a hash.
 
-transformers 4.57 and 5.x disagree on two points that are settled here. The class that takes tokenizer.json as it stands
-has another name in each; and `AutoTokenizer` of 5.x rebuilds some tokenizers by the model's family instead (Qwen 2),
-with other rules for cutting words than the file has.
+transformers 4.57 and 5.x disagree on three points that are settled here. The class that takes tokenizer.json as it
+stands has another name in each; 5.x writes further special tokens as a list, `extra_special_tokens`, where 4.57 fails
+for want of a dict (both read the list as `additional_special_tokens`); and `AutoTokenizer` of 5.x rebuilds some
+tokenizers by the model's family instead (Qwen 2), with other rules for cutting words than the file has.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.model_source import quiet_transformers
@@ -41,7 +42,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool, vocab: int) -> PreT
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = (
                 PreTrainedTokenizerFast if generic else AutoTokenizer
-            ).from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            ).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, **_listed_tokens(folder)
+            )
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise UnsupportedModel(f"{folder}: the tokenizer cannot be read ({error}). Copy its files again.") from error
     _require_known_ids(folder, tokenizer, vocab)
@@ -67,17 +70,30 @@ def _require_known_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab: 
 
 def tokenizer_class(folder: Path) -> str | None:
     """Return the class that tokenizer_config.json names, if any."""
-    path = folder / "tokenizer_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
+    named = _config(folder).get("tokenizer_class")
     return None if named is None else str(named)
 
 
-def name_generic_tokenizer(folder: Path) -> None:
-    """Rewrite 5.x's name of the generic tokenizer class into 4.57's, which both versions read."""
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _listed_tokens(folder: Path) -> dict[str, Any]:
+    """Return 5.x's list of further special tokens as the options that both versions read; empty without one."""
+    listed = _config(folder).get("extra_special_tokens")
+    return {"extra_special_tokens": {}, "additional_special_tokens": listed} if isinstance(listed, list) else {}
+
+
+def name_generic_tokenizer(folder: Path) -> None:
+    """Rewrite 5.x's name of the generic tokenizer class, and its list of special tokens, so that both versions read."""
+    config = _config(folder)
+    changed = {**config, **_listed_tokens(folder)}
     if tokenizer_class(folder) in _GENERIC_TOKENIZERS:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {**config, "tokenizer_class": _GENERIC_TOKENIZERS[0]})
+        changed["tokenizer_class"] = _GENERIC_TOKENIZERS[0]
+    if changed != config:
+        write_json(folder / "tokenizer_config.json", changed)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,7 +1,17 @@
-"""Export: a decoder written as ONNX and Core ML, executed, and held to the model that was measured.
+"""Export: a decoder written as ONNX, Core ML and Core AI, executed, and held to the model that was measured.
 
 `run(bundle, ExportOptions(...), folder)` returns artifacts; `require_parity` turns a miss into an error;
-`open_artifact(folder)` executes what was exported.
+`open_artifact(folder)` executes what was exported; `export_encoder` is for models that write no text.
+
+    the step          options, step, backends (the table of formats), parity, artefact, licence, package_readme
+    the decoder       decoder, rotary, kv_cache
+    ONNX              onnx_graph, onnx_attention, onnx_linears, onnx_quantized, onnx_kv, onnx_builder; onnx_runner;
+                      genai_config
+    Core ML           coreml_package, coreml_decoder, coreml_convert, coreml_weights, coreml_merge, coreml_chunks,
+                      coreml_engine, coreml_files; coreml_runner, coreml_interface
+    a saved package   mil_evaluator, mil_reader, mil_operations
+    Core AI           coreai_asset, coreai_decoder, coreai_weights; coreai_runner, coreai_float32
+    encoders          encoders, encoder_source, encoder_weights, encoder_parity
 """
 
 from __future__ import annotations
@@ -10,6 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dwindle.export.encoders import EncoderOptions as EncoderOptions
+    from dwindle.export.encoders import export_encoder as export_encoder
     from dwindle.export.options import ExportOptions as ExportOptions
     from dwindle.export.parity import ParityLimits as ParityLimits
     from dwindle.export.parity import decode_parity as decode_parity
@@ -18,9 +30,11 @@ if TYPE_CHECKING:
     from dwindle.export.step import run as run
 
 _HOMES = {
+    "EncoderOptions": "encoders",
     "ExportOptions": "options",
     "ParityLimits": "parity",
     "decode_parity": "parity",
+    "export_encoder": "encoders",
     "open_artifact": "step",
     "require_parity": "parity",
     "run": "step",

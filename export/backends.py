@@ -32,6 +32,10 @@ _FLOAT16_LIMITS = ParityLimits(logit_error_share=5e-3, kl_nats_per_token=1e-5, t
 """For float tensors (norms, biases, embeddings of float32 checkpoints, a KV cache) that are stored in float16."""
 
 
+_FLOAT16_COMPUTE_LIMITS = ParityLimits(logit_error_share=0.05, kl_nats_per_token=1e-3, top1_agreement=0.9)
+"""For Core ML itself, which sums in float16 where the device does."""
+
+
 class ExecutedRunner(DecodeRunner, Protocol):
     """A DecodeRunner that says what executes it."""
 
@@ -114,15 +118,17 @@ def _coreml_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
 
 def _write_coreml(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
     info = _module("coreml_package", "coreml").export_coreml(bundle, folder, options)
-    runtime = {"package": info.package.name, "weight_bytes": info.weight_bytes, "compute": "float16",
-               "notes": list(info.notes), **_shapes(options)}  # fmt: skip
+    runtime = {**_shapes(options), **info.facts()}
     return Written(runtime, info.minimum_os, 2)
 
 
 def _open_coreml(folder: Path) -> ExecutedRunner:
-    kind = "CoreMLNativeRunner" if sys.platform == "darwin" else "CoreMLEvaluatorRunner"
-    runner: ExecutedRunner = getattr(_module("coreml_runner", "coreml"), kind)(folder)
+    runner: ExecutedRunner = _module("coreml_runner", "coreml").open_package(folder)
     return runner
+
+
+def _coreml_limits(_: ExportOptions) -> ParityLimits:
+    return _FLOAT16_COMPUTE_LIMITS if sys.platform == "darwin" else _FLOAT16_LIMITS
 
 
 def _coreml_not_executed() -> tuple[Skipped, ...]:
@@ -132,6 +138,10 @@ def _coreml_not_executed() -> tuple[Skipped, ...]:
     return (Skipped("Core ML's own runtime", why),)
 
 
+def _coreai_limits(options: ExportOptions) -> ParityLimits:
+    return _FLOAT16_LIMITS if options.shapes == "static" else ParityLimits()
+
+
 def _coreai_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
     found: list[str] = _module("coreai_weights", "coreai").coreai_problems(bundle, options)
     return found
@@ -139,8 +149,9 @@ def _coreai_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
 
 def _write_coreai(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
     info = _module("coreai_asset", "coreai").export_coreai(bundle, folder, options)
-    runtime = {"asset": info.asset.name, "notes": list(info.notes), **_shapes(options)}
-    return Written(runtime, info.minimum_os, 2)
+    compute, number_bytes = ("float16", 2) if options.shapes == "static" else ("float32", 4)
+    runtime = {"asset": info.asset.name, "compute": compute, "notes": list(info.notes), **_shapes(options)}
+    return Written(runtime, info.minimum_os, number_bytes)
 
 
 def _open_coreai(folder: Path) -> ExecutedRunner:
@@ -149,7 +160,7 @@ def _open_coreai(folder: Path) -> ExecutedRunner:
 
 
 def _coreai_not_executed() -> tuple[Skipped, ...]:
-    why = "they are not on this machine; Apple's runtime executed the asset on its CPU interpreter"
+    why = "they are not on this machine; Apple's runtime executed the asset on its CPU interpreter, in float32"
     return (Skipped("Core AI on a GPU or a Neural Engine", why),)
 
 
@@ -159,12 +170,12 @@ BACKENDS: dict[str, Backend] = {
         problems=_onnx_problems, write=_write_onnx, open=_open_onnx, not_executed=lambda: (),
     ),
     "coreml": Backend(
-        extra="coreml", libraries=("coremltools", "numpy", "torch", "transformers"), limits=lambda _: _FLOAT16_LIMITS,
+        extra="coreml", libraries=("coremltools", "numpy", "torch", "transformers"), limits=_coreml_limits,
         problems=_coreml_problems, write=_write_coreml, open=_open_coreml, not_executed=_coreml_not_executed,
     ),
     "coreai": Backend(
         extra="coreai", libraries=("coreai-core", "coreai-torch", "torch", "transformers"),
-        limits=lambda _: _FLOAT16_LIMITS, problems=_coreai_problems, write=_write_coreai, open=_open_coreai,
+        limits=_coreai_limits, problems=_coreai_problems, write=_write_coreai, open=_open_coreai,
         not_executed=_coreai_not_executed,
     ),
 }  # fmt: skip

@@ -31,7 +31,8 @@ _SMALL_CONSTANTS_BYTES = 16_384
 
 def planned_parts(bundle: ModelBundle, context: int, limit_bytes: int) -> tuple[Part, ...]:
     """Return the parts of the model, each within the limit if one unit is: as few as go from first to last."""
-    layers, parts, first, embedding = bundle.anatomy.layers, [], 0, True
+    parts: list[Part] = []
+    layers, first, embedding = bundle.anatomy.layers, 0, True
     while True:
         last = Part(first, layers, embedding, True)
         if (first == layers and not embedding) or part_bytes(bundle, last, context) <= limit_bytes:
@@ -78,10 +79,11 @@ def _within(items: Mapping[str, Any], names: Iterable[str]) -> Iterable[tuple[st
 
 
 def _packed_bytes(spec: Mapping[str, Any]) -> int:
-    outputs, inputs = spec["shape"]
+    outputs, inputs = map(int, spec["shape"])
     widened = 0
     if spec["kind"] == AffineWeight.kind and not spec.get("symmetric", True):
-        widened = outputs * (inputs // spec["group_size"])  # zero points take whole bytes where codes are looked up
+        # Zero points take whole bytes where codes are looked up.
+        widened = outputs * (inputs // int(spec["group_size"]))
     return -(-spec_bits(spec) // 8) + widened + 2 * outputs + _CONSTANTS_PER_MODULE * _CONSTANT_BYTES + 1024
 
 

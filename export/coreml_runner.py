@@ -11,6 +11,7 @@ are run one after another, the hidden state going from each to the next.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ __all__ = ["CoreMLEvaluatorRunner", "CoreMLNativeRunner", "CoreMLRunner", "open_
 _MACOS = "darwin"
 
 
-class CoreMLRunner:
+class CoreMLRunner(ABC):
     """What both runners share: pieces, masks, positions, and the way through the packages."""
 
     executed_by: str
@@ -76,11 +77,13 @@ class CoreMLRunner:
             x = np.asarray(self._computed(index, function, inputs)[feed.output])
         return np.ascontiguousarray(x[0], np.float32)
 
+    @abstractmethod
     def _new_states(self) -> None:
-        raise NotImplementedError
+        """Make the states of all packages anew."""
 
+    @abstractmethod
     def _computed(self, index: int, function: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """Return what a function of a package gives for these inputs."""
 
 
 class CoreMLEvaluatorRunner(CoreMLRunner):

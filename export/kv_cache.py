@@ -3,8 +3,8 @@
 Attention hands each layer's new keys and values to a cache and gets those of all tokens back. Where they are kept is
 the exporter's choice, and the decoder's arithmetic does not change with it:
 
-    ConcatenatedCache   the past comes in as tensors, the whole goes out (ONNX; the default of `Decoder.forward`)
-    SlicedCache         slices of two fixed buffers are written in place (Core ML states)
+    ConcatenatedCache           the past comes in as tensors, the whole goes out (the default of `Decoder.forward`)
+    coreml_decoder.StateCache   slices of two fixed buffers are written in place (Core ML states)
 
 Shapes: B batch, T new tokens, P past, S = P + T, D head_dim, K KV heads, L layers.
 """
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["MASKED", "Cache", "ConcatenatedCache", "SlicedCache", "causal_bias"]
+__all__ = ["MASKED", "Cache", "ConcatenatedCache", "causal_bias"]
 
 MASKED = -1e4
 """Added to the score of a pair that must not attend. Finite, so that a row with nothing to see stays a number, and
@@ -42,22 +42,6 @@ class ConcatenatedCache:
         self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
         self.values[layer] = torch.cat((self.values[layer], value), dim=2)
         return self.keys[layer], self.values[layer]
-
-
-class SlicedCache:
-    """A cache in two buffers [L, B, K, context, D], of which slots begin:end are written and :end are read."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int) -> None:
-        self.keys, self.values, self.begin, self.end = keys, values, begin, end
-
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write in place. Both sides of the write have rank 5: of a lower rank, Core ML would bake in the traced T."""
-        self.keys[layer : layer + 1, :, :, self.begin : self.end, :] = key.unsqueeze(0)
-        self.values[layer : layer + 1, :, :, self.begin : self.end, :] = value.unsqueeze(0)
-        return (
-            self.keys[layer : layer + 1, :, :, : self.end, :].squeeze(0),
-            self.values[layer : layer + 1, :, :, : self.end, :].squeeze(0),
-        )
 
 
 def causal_bias(tokens: int, past: int = 0, padding: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from dwindle.anatomy import FAMILIES
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.export.decoder import Decoder, causal_bias
-from dwindle.export.kv_cache import MASKED, SlicedCache
+from dwindle.export.kv_cache import MASKED
 
 TOLERANCE = 1e-5
 LENGTH, PREFILL = 40, 24  # the tiny models' sliding window is 8
@@ -96,39 +96,6 @@ def test_weights_load_strictly_under_the_stock_names(tiny_bundle, family):
     assert embedding.data_ptr() == bundle.model.get_submodule(bundle.anatomy.embedding).weight.data_ptr()
     assert (decoder.lm_head.weight is embedding) == bundle.anatomy.tied
     assert not any(p.requires_grad for p in decoder.parameters())
-
-
-class _WithStates(nn.Module):
-    """The decoder with its cache in buffers, as the Core ML export has it."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder, a = decoder, decoder.anatomy
-        shape = (a.layers, 1, a.kv_heads, decoder.context, a.head_dim)
-        self.keys = nn.Buffer(torch.zeros(shape), persistent=False)
-        self.values = nn.Buffer(torch.zeros(shape), persistent=False)
-
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        end = bias.shape[-1]
-        cache = SlicedCache(self.keys, self.values, end - ids.shape[1], end)
-        return self.decoder.logits(ids, positions, bias, cache)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_trace_with_sliced_cache_serves_any_length(tiny_bundle, family):
-    bundle = tiny_bundle(family)
-    model = _WithStates(Decoder.from_bundle(bundle))
-    example = (torch.zeros(1, 2, dtype=torch.int32), torch.tensor([[3, 4]], dtype=torch.int32), causal_bias(2, 3))
-    traced = torch.jit.trace(model, example, check_trace=False)
-    for state in (traced.keys, traced.values):
-        state.zero_()
-    ids = _ids(1).int()
-    parts = [traced(ids[:, :PREFILL], _positions(0, PREFILL, 1).int(), causal_bias(PREFILL))]
-    for i in range(PREFILL, LENGTH):
-        parts.append(traced(ids[:, i : i + 1], _positions(i, i + 1, 1).int(), causal_bias(1, i)))
-    assert (torch.cat(parts, dim=1) - bundle.model(ids.long()).logits).abs().max() <= TOLERANCE
 
 
 @torch.no_grad()
