@@ -369,7 +369,7 @@ def test_trained_models_decode_like_torch(name: str, assets: Path, tmp_path: Pat
     bundle = ModelBundle.load(assets / "models" / name)
     options = ExportOptions(decode_steps=32).resolved(bundle.anatomy)
     export_coreml(bundle, tmp_path, options)
-    prompts = parity_prompts(bundle, 2, options.prompt_length())
+    prompts = parity_prompts(bundle, 2, options.parity_lengths()[0])
     parity = decode_parity(bundle, CoreMLEvaluatorRunner(tmp_path), prompts, 32, LIMITS)
     assert parity.passed, parity
 
