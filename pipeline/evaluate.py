@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,15 +66,17 @@ def _evaluate_package(
 
     runner = open_package(package)
     told = read_specification(package).description.metadata.userDefined
-    parameters = told.get("dwindle.parameters") or (None if teacher is None else teacher.size().parameters)
     beside = package.parent / "tokenizer_config.json"
-    missing = [what for what, there in (("number of parameters", parameters), ("tokenizer", teacher or beside.exists()))
-               if not there]  # fmt: skip
-    if missing:
-        raise DataError(f"{package}: its {' and '.join(missing)} cannot be told from the package. Give the model it "
-                        "was made from as --reference.")  # fmt: skip
-    tokenizer = _tokenizer(package.parent) if beside.exists() else cast(ModelBundle, teacher).tokenizer
-    size = _Size(int(cast(Any, parameters)), folder_bytes(package), runner.vocabulary, runner.context)
+    parameters, vocabulary = told.get("dwindle.parameters"), runner.vocabulary
+    if teacher is not None:
+        parameters, vocabulary = parameters or teacher.size().parameters, vocabulary or teacher.anatomy.vocab
+    tokenizer = _tokenizer(package.parent) if beside.exists() else None if teacher is None else teacher.tokenizer
+    if parameters is None or vocabulary is None or tokenizer is None:
+        known = {"number of parameters": parameters, "vocabulary": vocabulary, "tokenizer": tokenizer}
+        missing = " and ".join(what for what, found in known.items() if found is None)
+        raise DataError(f"{package}: its {missing} cannot be told from the package. Give the model it was made from as "
+                        "--reference.")  # fmt: skip
+    size = _Size(int(parameters), folder_bytes(package), vocabulary, runner.context)
     return _measured(runner, size, tokenizer, text, teacher, max_tokens, context)
 
 

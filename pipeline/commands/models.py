@@ -40,8 +40,7 @@ _PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "laye
 @click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan instead of making one.")
 @click.option("--method", help="activation, taylor, fisher (these need -d) or magnitude.  [default: activation]")
 @click.option("--depth-method", help="block_influence or leave_one_out.  [default: block_influence]")
-@click.option("--rotate/--no-rotate", default=None, help="Cut the width along its principal axes.  [default: where the "
-              "family allows it]")  # fmt: skip
+@click.option("--rotate", is_flag=True, default=None, help="Cut the width along its principal axes.")
 @click.option("--no-compensate", is_flag=True, help="Do not refit what reads the cut to what stays.")
 @data_option("Text the importance is measured on, and what is left refitted on.", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan as JSON; write nothing.")
