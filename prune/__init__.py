@@ -1,10 +1,26 @@
-"""Prune: decide what to keep, cut it out, get a plain smaller checkpoint."""
+"""Prune: decide what to keep, cut it out, get a plain smaller checkpoint.
+
+`plan(bundle, PruneOptions(...), calibration)` decides, `run` applies it and makes up for it.
+
+    deciding        options, planning, budget, keep_plan, plan_table, shape (what a family allows)
+    scores          scores, gradient_scores, depth_scores, calibration_pass; soft_top_k, masks, masked_model,
+                    mask_options
+    cutting         step, surgery, head_rows, smaller_config; compensation, rotation, moments
+    a vocabulary    vocabulary, vocabulary_counts, vocabulary_plan, vocabulary_options, vocabulary_surgery,
+                    vocabulary_map; tokenizer_surgery, tokenizer_pieces, chat_template_tokens, token_id_settings
+"""
 
 from __future__ import annotations
 
-from dwindle.prune.keep_plan import KeepPlan, plan
+from dwindle.prune.keep_plan import KeepPlan
 from dwindle.prune.options import PruneOptions
+from dwindle.prune.planning import plan
 from dwindle.prune.step import run
 from dwindle.prune.surgery import apply
+from dwindle.prune.vocabulary import plan_vocabulary
+from dwindle.prune.vocabulary_options import VocabularyOptions
+from dwindle.prune.vocabulary_plan import VocabularyPlan
+from dwindle.prune.vocabulary_surgery import cut_vocabulary
 
-__all__ = ["KeepPlan", "PruneOptions", "apply", "plan", "run"]
+__all__ = ["KeepPlan", "PruneOptions", "VocabularyOptions", "VocabularyPlan", "apply", "cut_vocabulary", "plan",
+           "plan_vocabulary", "run"]  # fmt: skip

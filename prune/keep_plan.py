@@ -1,84 +1,182 @@
-"""What stays: for each layer the FFN units kept, decided before anything is cut, as JSON to read and edit."""
+"""What stays: layers, and in each of them FFN units and KV groups, and the hidden width; as JSON to read and edit.
+
+A plan is decided before anything is cut, names the model it was made for by the hash of its weights, and predicts the
+parameters of the result exactly. Indices are ascending and those of the full model; `null` in the JSON keeps all.
+Every kept layer keeps equally many units and groups, so that one `intermediate_size` and one number of heads describe
+the result and any stock loader takes it. Edit the indices at will: `parameters_after` is counted again, and the
+shares of score are those of the choice the plan was made with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwindle.errors import RecipeError, offenders
+from dwindle.prune.shape import Shape
 from dwindle.storage import write_json
-from dwindle.token_set import TokenSet
 
 if TYPE_CHECKING:
-    from dwindle.anatomy import Anatomy
     from dwindle.bundle import ModelBundle
-    from dwindle.prune.options import PruneOptions
 
-__all__ = ["KeepPlan", "plan", "require_float"]
+__all__ = ["KeepPlan", "LayerKeep", "require_float", "weights_sha256"]
 
-_SCHEMA = 1
+_SCHEMA = 2
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerKeep:
+    """What one kept layer keeps."""
+
+    layer: int
+    """Its index in the full model."""
+    ffn_units: Indices | None = None
+    """Indices of the kept units; None: all."""
+    kv_groups: Indices | None = None
+    """Indices of the kept KV heads, each with its queries; None: all."""
+    ffn_score: float = 1.0
+    """Sum of the kept units' scores over the sum of all."""
+    kv_score: float = 1.0
+    """The same of the groups."""
+
+    def __post_init__(self) -> None:
+        for name in ("ffn_units", "kv_groups"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """FFN units to keep, the same number in every layer, so that one `intermediate_size` describes the result."""
+    """A choice along every axis of one model."""
 
     method: str
     """Where the choice comes from."""
-    ffn_width: int
-    """Units of a layer before."""
-    ffn_units: tuple[tuple[int, ...], ...]
-    """Per layer: indices of the kept units, ascending."""
-    parameters_before: int
-    parameters_after: int
-    """Parameters the pruned model will have."""
-    kept_score: tuple[float, ...] = ()
-    """Per layer: sum of the kept units' scores over the sum of all."""
+    model_sha256: str
+    """`weights_sha256` of the model it was made for."""
+    shape: Shape
+    """That model's shape."""
+    layers: tuple[LayerKeep, ...]
+    """The layers that stay, ascending."""
+    width: int
+    """Hidden width after."""
+    channels: Indices | None = None
+    """Indices of the kept channels of the hidden width; None: all, or `rotated`."""
+    rotated: bool = False
+    """The width is cut along its principal axes, found again from the calibration text when the plan is applied."""
+    width_score: float = 1.0
+    """Share of the channels' scores (rotated: of the variance) that is kept."""
+    layer_scores: tuple[float, ...] = ()
+    """The score of every layer of the full model, where layers were chosen."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ffn_units", tuple(tuple(units) for units in self.ffn_units))
-        object.__setattr__(self, "kept_score", tuple(self.kept_score))
-        wrong = [
-            f"layer {layer} ({_fault(units, self.ffn_width)})"
-            for layer, units in enumerate(self.ffn_units)
-            if _fault(units, self.ffn_width)
-        ]
-        if len({len(units) for units in self.ffn_units}) != 1:
-            widths = sorted({len(units) for units in self.ffn_units})
-            wrong.append(f"layers keep different numbers of units {widths}, one number is needed")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layer_scores", tuple(self.layer_scores))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+        wrong = list(self._faults())
         if wrong:
-            raise RecipeError(f"prune plan: {offenders(wrong)}. Keep ascending indices below {self.ffn_width}.")
+            raise RecipeError(f"prune plan: {offenders(wrong)}. Keep ascending indices, equally many in every layer.")
+
+    def _faults(self) -> Iterator[str]:
+        yield from _index_faults("layers", tuple(keep.layer for keep in self.layers), self.shape.layers)
+        for name, size in (("ffn_units", self.shape.ffn_width), ("kv_groups", self.shape.kv_heads)):
+            counts = set()
+            for keep in self.layers:
+                indices: Indices | None = getattr(keep, name)
+                counts.add(size if indices is None else len(indices))
+                if indices is not None:
+                    yield from _index_faults(f"layer {keep.layer} {name}", indices, size)
+            if len(counts) > 1:
+                yield f"layers keep different numbers of {name} {sorted(counts)}, one number is needed"
+        if self.channels is not None:
+            yield from _index_faults("channels", self.channels, self.shape.width)
+            if self.rotated or len(self.channels) != self.width:
+                yield f"width={self.width} and rotated={self.rotated} beside {len(self.channels)} channels"
+        elif not (1 <= self.width <= self.shape.width if self.rotated else self.width == self.shape.width):
+            yield f"width={self.width} of {self.shape.width} without channels or rotation"
+
+    @property
+    def after(self) -> Shape:
+        """Return the shape of the result. Turning the width unties a tied head: its norm's weight went into it."""
+        first, before = self.layers[0], self.shape
+        groups = before.kv_heads if first.kv_groups is None else len(first.kv_groups)
+        return replace(
+            before, layers=len(self.layers), width=self.width, kv_heads=groups,
+            heads=groups * before.queries_per_group, tied=before.tied and not self.rotated,
+            ffn_width=before.ffn_width if first.ffn_units is None else len(first.ffn_units),
+        )  # fmt: skip
+
+    @property
+    def parameters_before(self) -> int:
+        """Return the parameters of the full model."""
+        return self.shape.parameters
+
+    @property
+    def parameters_after(self) -> int:
+        """Return the parameters the pruned model will have."""
+        return self.after.parameters
 
     @property
     def kept_width(self) -> int:
-        """Return the units of a layer after."""
-        return len(self.ffn_units[0])
+        """Return the FFN units of a layer after."""
+        return self.after.ffn_width
 
-    def require(self, anatomy: Anatomy) -> None:
-        """Raise RecipeError unless the plan was made for a model of this shape."""
-        needed = [self.ffn_width] * len(self.ffn_units)
-        if list(anatomy.ffn_width) != needed:
+    @property
+    def ffn_units(self) -> tuple[Indices, ...]:
+        """Return per kept layer the indices of its kept FFN units."""
+        return tuple(tuple(range(self.shape.ffn_width)) if k.ffn_units is None else k.ffn_units for k in self.layers)
+
+    @property
+    def kv_groups(self) -> tuple[Indices, ...]:
+        """Return per kept layer the indices of its kept KV groups."""
+        return tuple(tuple(range(self.shape.kv_heads)) if k.kv_groups is None else k.kv_groups for k in self.layers)
+
+    @property
+    def kept_score(self) -> tuple[float, ...]:
+        """Return per kept layer the share of the FFN units' scores that stays."""
+        return tuple(keep.ffn_score for keep in self.layers)
+
+    def require(self, bundle: ModelBundle) -> None:
+        """Raise RecipeError unless the plan was made for this very model."""
+        found = Shape.of(bundle.anatomy)
+        differing = [
+            f"{name} {value:,} where the model has {getattr(found, name):,}" if isinstance(value, int) else name
+            for name, value in asdict(self.shape).items()
+            if value != getattr(found, name)
+        ]
+        if differing:
+            raise RecipeError(f"prune plan: made for another model ({offenders(differing)}). Plan from this model.")
+        digest = weights_sha256(bundle)
+        if digest != self.model_sha256:
             raise RecipeError(
-                f"prune plan: made for {len(needed)} layers of {self.ffn_width:,} FFN units, the model has "
-                f"{anatomy.layers} of {max(anatomy.ffn_width):,}. Make a plan from this model."
+                f"prune plan: made for the model with the weights {self.model_sha256[:12]}, this one has "
+                f"{digest[:12]}. Make a plan from this model."
             )
 
     def to_json(self) -> dict[str, Any]:
         """Return the object `save` writes."""
-        return {"schema": _SCHEMA, "kind": "keep_plan", **asdict(self)}
+        counts = {"parameters_before": self.parameters_before, "parameters_after": self.parameters_after}
+        return {"schema": _SCHEMA, "kind": "keep_plan", **counts, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KeepPlan:
         """Return the plan that `to_json` gave; raise RecipeError for anything else."""
-        values = dict(data)
+        values = dict(data) if isinstance(data, Mapping) else {}
         marks = (values.pop("kind", None), values.pop("schema", None))
+        for counted in ("parameters_before", "parameters_after"):
+            values.pop(counted, None)
         if marks != ("keep_plan", _SCHEMA) or not set(values) <= set(cls.__dataclass_fields__):
-            raise RecipeError(f"this is no keep plan of schema {_SCHEMA} (keys: {offenders(sorted(data))}).")
+            keys = offenders(sorted(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
+            raise RecipeError(f"this is no keep plan of schema {_SCHEMA} (found: {keys}).")
         try:
-            return cls(**values)
-        except TypeError as error:
+            shape, layers = Shape(**values.pop("shape")), tuple(LayerKeep(**keep) for keep in values.pop("layers"))
+            return cls(shape=shape, layers=layers, **values)
+        except (KeyError, TypeError) as error:
             raise RecipeError(f"this keep plan is incomplete or damaged: {error}.") from error
 
     def save(self, path: Path) -> None:
@@ -86,53 +184,30 @@ class KeepPlan:
         write_json(path, self.to_json())
 
 
-def _fault(units: tuple[int, ...], width: int) -> str:
-    if not units:
-        return "keeps nothing"
-    if list(units) != sorted(set(units)):
-        return "not ascending, or an index twice"
-    return f"index {units[-1]} of {width}" if units[0] < 0 or units[-1] >= width else ""
+def _index_faults(name: str, indices: Indices, size: int) -> Iterator[str]:
+    if not indices:
+        yield f"{name} (keeps nothing)"
+    elif not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        yield f"{name} (entries that are no whole numbers)"
+    elif list(indices) != sorted(set(indices)):
+        yield f"{name} (not ascending, or an index twice)"
+    elif indices[0] < 0 or indices[-1] >= size:
+        yield f"{name} (index {indices[0] if indices[0] < 0 else indices[-1]} of {size})"
 
 
 def require_float(bundle: ModelBundle) -> None:
     """Raise RecipeError for a quantized model: its codes cannot be cut without quantizing again."""
     if bundle.quantized:
-        raise RecipeError("prune: the model is quantized. Prune first, then quantize.")
+        raise RecipeError("prune: the model is quantized. Prune first, then quantize: codes cannot be cut and kept.")
 
 
-def plan(bundle: ModelBundle, options: PruneOptions, calibration: TokenSet | None = None) -> KeepPlan:
-    """Return which FFN units to keep: in each layer those with the highest scores, ties to the lower index.
+def weights_sha256(bundle: ModelBundle) -> str:
+    """Return one hash over the weights as stored, tensor by tensor: the same with every version of transformers."""
+    import torch
 
-    Raises RecipeError for a quantized model, missing calibration data, or a width that would not shrink.
-    """
-    from dwindle.prune.scores import activation_scores, magnitude_scores
-
-    anatomy = bundle.anatomy
-    if bundle.quantized:
-        raise RecipeError(
-            "prune: the model is quantized. Prune first, then quantize: codes cannot be cut and kept exact."
-        )
-    if options.method == "activation" and calibration is None:
-        raise RecipeError("prune: method='activation' needs calibration data. Give some, or use method='magnitude'.")
-    width = anatomy.ffn_width[0]
-    kept = options.width(width)
-    if kept == width and options.ffn_keep < 1:
-        raise RecipeError(
-            f"prune: ffn_keep={options.ffn_keep} of {width:,} units, rounded to multiples of {options.multiple}, "
-            "removes nothing. Lower ffn_keep or multiple."
-        )
-    if options.method == "activation" and calibration is not None:
-        scores = activation_scores(bundle, calibration)
-    else:
-        scores = magnitude_scores(bundle)
-    chosen = [s.argsort(descending=True, stable=True)[:kept].sort().values for s in scores]
-    before = bundle.size().parameters
-    per_unit = 3 * anatomy.width + (2 if anatomy.traits.mlp_bias else 0)
-    return KeepPlan(
-        method=options.method,
-        ffn_width=width,
-        ffn_units=tuple(tuple(units.tolist()) for units in chosen),
-        parameters_before=before,
-        parameters_after=before - anatomy.layers * (width - kept) * per_unit,
-        kept_score=tuple(float(s[u].sum() / s.sum()) if s.any() else 1.0 for s, u in zip(scores, chosen, strict=True)),
-    )
+    digest = hashlib.sha256()
+    for name, parameter in sorted(bundle.model.named_parameters()):
+        tensor = parameter.detach().to(bundle.storage_dtype).cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

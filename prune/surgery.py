@@ -1,69 +1,211 @@
-"""Cut a KeepPlan out of a model: gate and up lose rows (and biases), down loses columns; nothing else changes.
+r"""Cut a KeepPlan out of a model: a new stock model of the smaller shape, filled with what stays.
 
-The function of the result is exactly that of the full model with the removed units' activations set to zero. It is a
-stock transformers model with a smaller `intermediate_size`. Phi-3 stores gate and up as one matrix, gate first.
+What the result computes is exactly the full model with the same things masked:
 
-Memory: the full model plus the pruned one; the full FFN is never copied.
+- **FFN units**: gate and up lose rows (and biases), down columns. The reference has the units' activations zero.
+- **KV groups**: q, k and v lose whole heads, o their columns. The reference has the heads' outputs zero; where queries
+  and keys are normalized over all heads at once (OLMo 2), it has their queries and keys zero as well.
+- **Layers**: the reference hands its input on.
+- **Hidden width**: the reference has the channels zero in the embedding and in what o and down give (before the norm
+  that follows them in Gemma and OLMo 2), so they are zero everywhere. Its norms still divide by D; over D' channels
+
+      x / sqrt(sum x^2 / D + eps) = sqrt(D / D') x / sqrt(sum x^2 / D' + eps D / D')
+
+  so the norms' weights take the factor sqrt(D / D') and the config eps D / D'. Norms of queries and keys share that
+  eps without having lost width: q and k are scaled by the root of its growth, which their norm takes out again; over
+  N of N' heads' rows the same identity holds. Gemma scales its embedding by sqrt(width): the embedding takes
+  sqrt(D / D'), and a tied head's surplus of it is taken out of the final norm.
+- **Turned width** (`rotation`): the same with channels along the principal axes, that is with what the embedding, o
+  and down give projected onto them.
+
+With `readers` (`compensation`) down and o have other weights; the reference then has those.
+
+Memory: the full model plus the pruned one.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from dwindle.anatomy import Part, module, set_module
-from dwindle.prune.keep_plan import KeepPlan, require_float
+from dwindle.anatomy import Part, module
+from dwindle.errors import RecipeError
+from dwindle.model_source import quiet_transformers
+from dwindle.prune.head_rows import group_rows, head_rows
+from dwindle.prune.keep_plan import KeepPlan, LayerKeep, require_float
+from dwindle.prune.smaller_config import smaller_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dwindle.anatomy import Anatomy
     from dwindle.bundle import ModelBundle
 
 __all__ = ["apply"]
 
-_FFN: tuple[Part, ...] = ("gate", "up", "gate_up", "down")
 
-
-def apply(bundle: ModelBundle, plan: KeepPlan) -> PreTrainedModel:
+def apply(
+    bundle: ModelBundle, plan: KeepPlan, *, readers: Mapping[str, Tensor] | None = None, axes: Tensor | None = None
+) -> PreTrainedModel:
     """Return a new, smaller model; the bundle's own is left as it is.
 
-    Raises RecipeError for a quantized model or a plan made for another one.
+    `readers` are refitted weights of down and o, `axes` [D, D] the principal axes a plan with `rotated` needs. Raises
+    RecipeError for a quantized model, a plan made for another one, or missing axes.
     """
     require_float(bundle)
-    anatomy = bundle.anatomy
-    plan.require(anatomy)
-    shared = {id(p): p for name in _ffn_names(anatomy) for p in module(bundle.model, name).parameters()}
-    model: PreTrainedModel = copy.deepcopy(bundle.model, dict(shared))
-    for layer, units in enumerate(plan.ffn_units):
-        kept = torch.tensor(units)
-        for part, name in anatomy.parts(layer).items():
-            if part in _FFN:
-                set_module(model, name, _cut(cast(nn.Linear, module(model, name)), part, kept, plan.ffn_width))
-        mlp = module(model, anatomy.parts(layer)["down"].rpartition(".")[0])
-        if hasattr(mlp, "intermediate_size"):
-            setattr(mlp, "intermediate_size", plan.kept_width)  # noqa: B010  (modules declare no such attribute)
-    model.config.intermediate_size = plan.kept_width
+    plan.require(bundle)
+    if plan.rotated and axes is None:
+        raise RecipeError("prune: the plan turns the hidden width, which needs calibration data. Give some.")
+    cut = _Cut(bundle, plan, readers or {}, axes[:, : plan.width] if plan.rotated and axes is not None else None)
+    model = _unfilled(bundle, plan)
+    with torch.no_grad():
+        model.load_state_dict(cut.tensors(), strict=True, assign=True)
+    model.tie_weights()
+    return model.to(bundle.model.device).train(bundle.model.training)
+
+
+class _EmptyIsMeta(TorchFunctionMode):
+    """Weights that modules allocate with torch.empty have no memory; buffers, which they compute, are real."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _unfilled(bundle: ModelBundle, plan: KeepPlan) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = smaller_config(bundle, plan)
+    attention = bundle.model.config._attn_implementation
+    with _EmptyIsMeta(), quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+    model.generation_config = bundle.model.generation_config
     return model
 
 
-def _ffn_names(anatomy: Anatomy) -> list[str]:
-    return [name for layer in range(anatomy.layers) for part, name in anatomy.parts(layer).items() if part in _FFN]
+@dataclass
+class _Cut:
+    """Makes the tensors of the smaller model from those of the full one."""
 
+    bundle: ModelBundle
+    plan: KeepPlan
+    readers: Mapping[str, Tensor]
+    turn: Tensor | None
+    """[D, D'] float64, orthonormal columns."""
+    made: dict[str, Tensor] = field(default_factory=dict)
 
-def _cut(linear: nn.Linear, part: Part, kept: Tensor, width: int) -> nn.Linear:
-    """Return the linear with only the kept units: rows of gate and up, columns of down."""
-    kept = kept.to(linear.weight.device)
-    axis = 1 if part == "down" else 0
-    if part == "gate_up":
-        kept = torch.cat([kept, kept + width])
-    weight = linear.weight.detach().index_select(axis, kept).clone()
-    bias = linear.bias if linear.bias is None or axis == 1 else linear.bias.index_select(0, kept)
-    cut = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    cut.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    if bias is not None:
-        cut.bias = nn.Parameter(bias.detach().clone(), requires_grad=linear.bias.requires_grad)
-    return cut.train(linear.training)
+    def __post_init__(self) -> None:
+        before, after = self.plan.shape, self.plan.after
+        self.growth = math.sqrt(before.width / after.width)
+        """sqrt(D / D')."""
+        self.head_growth = math.sqrt(before.heads / after.heads)
+        self.channels = None if self.plan.channels is None else torch.tensor(self.plan.channels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state dict of the smaller model."""
+        anatomy = self.bundle.anatomy
+        for new, keep in enumerate(self.plan.layers):
+            here = self.bundle.anatomy.layer_path(new)
+            for part, name in anatomy.parts(keep.layer).items():
+                self._linear(keep, part, name, here + name.removeprefix(anatomy.layer_path(keep.layer)))
+            for name in anatomy.layer_norms(keep.layer):
+                self._norm(keep, name, here + name.removeprefix(anatomy.layer_path(keep.layer)))
+        embedding = self._weight(anatomy.embedding)
+        scaled = anatomy.traits.embedding_scale != 1
+        head = embedding if anatomy.tied else self._weight(anatomy.head)
+        self._put(f"{anatomy.embedding}.weight", self._narrow(embedding, None) * (self.growth if scaled else 1))
+        if self.plan.after.tied:
+            self.made[f"{anatomy.head}.weight"] = self.made[f"{anatomy.embedding}.weight"]
+        else:
+            self._put(f"{anatomy.head}.weight", self._narrow(head, anatomy.final_norm))
+        final = 1.0 if scaled and anatomy.tied else self.growth
+        self._put(f"{anatomy.final_norm}.weight", self._norm_weight(anatomy.final_norm, final))
+        return self.made
+
+    def _weight(self, name: str, kind: str = "weight") -> Tensor:
+        return module(self.bundle.model, name).get_parameter(kind).detach()
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        self.made[name] = tensor.to(torch.float32, copy=True).contiguous()
+
+    def _narrow(self, weight: Tensor, norm: str | None) -> Tensor:
+        """Return a weight [O, D] for D' channels; turning takes the weights of the norm before it along."""
+        if self.turn is None:
+            return weight if self.channels is None else weight[:, self.channels.to(weight.device)]
+        scale = 1 if norm is None else self._weight(norm).double()
+        return (weight.double() * scale) @ self.turn.to(weight.device)
+
+    def _written(self, weight: Tensor) -> Tensor:
+        """Return a weight [D, I], or a bias [D], for D' channels."""
+        if self.turn is None:
+            return weight if self.channels is None else weight[self.channels.to(weight.device)]
+        return self.turn.T.to(weight.device) @ weight.double()
+
+    def _norm_weight(self, name: str, factor: float) -> Tensor:
+        """Return the weights of a norm over the width with its effect, offset + weight, times a factor."""
+        weight, offset = self._weight(name), self.bundle.anatomy.traits.norm_offset
+        if self.turn is not None:
+            return torch.full((self.plan.width,), factor, device=weight.device)
+        kept = weight if self.channels is None else weight[self.channels.to(weight.device)]
+        return kept if factor == 1 else (kept.double() + offset) * factor - offset
+
+    def _norm(self, keep: LayerKeep, name: str, new: str) -> None:
+        if not name.endswith(("q_norm", "k_norm")):
+            self._put(f"{new}.weight", self._norm_weight(name, self.growth))
+            return
+        weight = self._weight(name)
+        if self.bundle.anatomy.traits.qk_norm == "full" and keep.kv_groups is not None:
+            rows = (head_rows if name.endswith("q_norm") else group_rows)(self.plan.shape, keep.kv_groups)
+            weight = weight[rows.to(weight.device)].double() * self.head_growth
+        self._put(f"{new}.weight", weight)
+
+    def _linear(self, keep: LayerKeep, part: Part, name: str, new: str) -> None:
+        linear = module(self.bundle.model, name)
+        writes, kept = part in ("o", "down"), self._kept(keep, part)
+        biased = getattr(linear, "bias", None) is not None
+        weight, bias = self._weight(name), self._weight(name, "bias") if biased else None
+        if kept is not None:
+            kept = kept.to(weight.device)
+        if writes:
+            narrowed = self.readers[name] if name in self.readers else weight if kept is None else weight[:, kept]
+            weight, bias = self._written(narrowed), None if bias is None else self._written(bias)
+        else:
+            scale = self._normalized_scale(part)
+            norm = self.bundle.anatomy.layer_norms(keep.layer)[0 if part in ("q", "k", "v", "qkv") else 1]
+            weight = self._narrow(weight if kept is None else weight[kept], norm) * scale
+            bias = None if bias is None else (bias if kept is None else bias[kept]) * scale
+        self._put(f"{new}.weight", weight)
+        if bias is not None:
+            self._put(f"{new}.bias", bias)
+
+    def _normalized_scale(self, part: Part) -> float:
+        """Return the factor on q and k that makes their norm's eps count as much as in the full model."""
+        kind = self.bundle.anatomy.traits.qk_norm
+        if kind == "none" or part not in ("q", "k"):
+            return 1.0
+        return self.growth / (self.head_growth if kind == "full" else 1.0)
+
+    def _kept(self, keep: LayerKeep, part: Part) -> Tensor | None:
+        """Return the kept rows of a linear (columns of o and down), or None for all."""
+        shape = self.plan.shape
+        if part in ("gate", "up", "down", "gate_up"):
+            if keep.ffn_units is None:
+                return None
+            units = torch.tensor(keep.ffn_units)
+            return torch.cat([units, units + shape.ffn_width]) if part == "gate_up" else units
+        if keep.kv_groups is None:
+            return None
+        queries, keys = head_rows(shape, keep.kv_groups), group_rows(shape, keep.kv_groups)
+        if part == "qkv":
+            first = shape.heads * shape.head_dim
+            return torch.cat([queries, first + keys, first + shape.kv_heads * shape.head_dim + keys])
+        return queries if part in ("q", "o") else keys

@@ -27,31 +27,42 @@ from dwindle.pipeline.commands.shared import (
 __all__ = ["distill", "evaluate", "prune"]
 
 
+_PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "layers": "layers_keep"}
+
+
 @click.command()
 @model_option
 @output_option
-@click.option("--keep", multiple=True, metavar="PART=SHARE", help="Share to keep, as in ffn=0.5.")
+@click.option("--keep", multiple=True, metavar="PART=SHARE", help="Share to keep of ffn, heads, width or layers, as "
+              "in ffn=0.5; may be given several times.")  # fmt: skip
+@click.option("--parameters", help="Cut FFN units, heads and layers down to so many parameters, as in 3B.")
+@click.option("--bytes", "byte_limit", help="The same in bytes of weights as stored, as in 1.5GB.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan instead of making one.")
-@click.option("--method", help="activation (needs -d) or magnitude.  [default: activation]")
-@data_option("Text the importance is measured on.", required=False)
+@click.option("--method", help="activation, taylor, fisher (these need -d) or magnitude.  [default: activation]")
+@click.option("--depth-method", help="block_influence or leave_one_out.  [default: block_influence]")
+@click.option("--rotate/--no-rotate", default=None, help="Cut the width along its principal axes.  [default: where the "
+              "family allows it]")  # fmt: skip
+@click.option("--no-compensate", is_flag=True, help="Do not refit what reads the cut to what stays.")
+@data_option("Text the importance is measured on, and what is left refitted on.", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan as JSON; write nothing.")
 @seed_option
 @device_option
 @json_option
-def prune(model: str, output: str, keep: tuple[str, ...], plan_file: str | None, method: str | None,
-          data: tuple[str, ...], dry_run: bool, seed: int, torch_device: str, as_json: bool) -> None:  # fmt: skip
-    """Cut FFN units out of a model by their importance and write a smaller, stock checkpoint."""
+def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None, plan_file: str | None,
+          no_compensate: bool, data: tuple[str, ...], dry_run: bool, seed: int, torch_device: str, as_json: bool,
+          **values: Any) -> None:  # fmt: skip
+    """Cut FFN units, heads, width or layers out of a model and write a smaller, stock checkpoint.
+
+    The plan is shown per layer: what it had, what it keeps, and how much of the score that is.
+    """
     from dwindle import prune as room
     from dwindle.data import DataOptions, calibration_set
+    from dwindle.prune.plan_table import plan_table
 
-    if bool(keep) == bool(plan_file):
-        raise RecipeError("prune: give either --keep ffn=SHARE or --plan FILE.")
-    values: dict[str, Any] = {"method": method}
-    for item in keep:
-        part, _, share = item.partition("=")
-        if part != "ffn" or not share:
-            raise RecipeError(f"--keep {item}: found no ffn=SHARE. Example: --keep ffn=0.5")
-        values["ffn_keep"] = share
+    budgeted = byte_limit is not None or values["parameters"] is not None
+    if (bool(keep) or budgeted) == bool(plan_file):
+        raise RecipeError("prune: give either --keep ffn=SHARE (or --parameters, --bytes) or --plan FILE.")
+    values.update(_shares(keep), bytes=byte_limit, compensate=False if no_compensate else None)
     options = made_options(room.PruneOptions, values, "prune")
     given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
     bundle = load(model, torch_device)
@@ -59,11 +70,26 @@ def prune(model: str, output: str, keep: tuple[str, ...], plan_file: str | None,
     if data:
         calibration = calibration_set(DataOptions(train=data, seed=seed), bundle.tokenizer, bundle.anatomy.context)
     made = given or room.plan(bundle, options, calibration)
+    click.echo(plan_table(made), err=True)
     if dry_run:
         click.echo(json.dumps(made.to_json(), indent=2))
         return
-    pruned, record = room.run(bundle, options, keep_plan=made)
+    pruned, record = room.run(bundle, options, calibration, keep_plan=made)
     save(pruned, record, output, as_json)
+
+
+def _shares(keep: tuple[str, ...]) -> dict[str, str]:
+    """Return the options that --keep names; raise RecipeError for anything but PART=SHARE."""
+    values = {}
+    for item in keep:
+        part, _, share = item.partition("=")
+        if part not in _PARTS or not share or _PARTS[part] in values:
+            raise RecipeError(
+                f"--keep {item}: needed, each once, ffn=SHARE, heads=SHARE, width=SHARE or layers=SHARE. "
+                "Example: --keep ffn=0.5"
+            )
+        values[_PARTS[part]] = share
+    return values
 
 
 def _read_json(path: str) -> Any:

@@ -50,6 +50,21 @@ def test_a_tokenizer_class_of_transformers_5_loads_in_both(saved):
     assert ModelBundle.load(saved).tokenizer("a").input_ids == [256, 64]
 
 
+def test_special_tokens_that_transformers_5_lists_load_in_both(saved):
+    path = saved / "tokenizer_config.json"
+    plain = json.loads(path.read_text())
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        plain.pop(name, None)
+    path.write_text(json.dumps({**plain, "extra_special_tokens": ["<pad>"]}))
+    bundle = ModelBundle.load(saved)
+    assert "<pad>" in bundle.tokenizer.all_special_tokens
+    bundle.save(saved.parent / "again")
+    written = json.loads((saved.parent / "again" / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<pad>"]
+    assert not isinstance(written.get("extra_special_tokens"), list)
+    assert ModelBundle.load(saved.parent / "again").content_sha256 == bundle.content_sha256
+
+
 def test_the_tokenizer_hash_ignores_what_a_call_leaves_behind(tiny_tokenizer):
     before = tokenizer_sha256(tiny_tokenizer)
     tiny_tokenizer("abc", truncation=True, padding="max_length", max_length=8)

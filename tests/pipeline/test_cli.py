@@ -82,9 +82,29 @@ def test_prune_plans_before_it_cuts(capsys: pytest.CaptureFixture[str], workshop
     assert not (tmp_path / "a").exists()
     (tmp_path / "plan.json").write_text(plan)
     invoke(capsys, *words)
-    invoke(capsys, "prune", "-m", workshop / "teacher", "-o", tmp_path / "b", "--plan", tmp_path / "plan.json")
-    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
-    assert weights[0] == weights[1]
+    applied = ["prune", "-m", workshop / "teacher", "--plan", tmp_path / "plan.json"]
+    invoke(capsys, *applied, "-o", tmp_path / "b", "-d", workshop / "train.txt")
+    _, out, _ = invoke(capsys, *applied, "-o", tmp_path / "c")
+    assert "Not done: compensation" in out
+    invoke(capsys, *words[:3], "-o", tmp_path / "d", *words[5:], "--no-compensate")
+    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "abcd"]
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+
+
+def test_prune_cuts_several_axes(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
+    words = ["prune", "-m", workshop / "teacher", "-d", workshop / "train.txt", "--dry-run", "-o", tmp_path / "a"]
+    keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "layers=0.5", "--method", "fisher",
+            "--depth-method", "leave_one_out"]  # fmt: skip
+    code, out, err = invoke(capsys, *words, *keep)
+    assert code == 0
+    plan = json.loads(out)
+    assert len(plan["layers"]) < plan["shape"]["layers"]
+    assert len(plan["layers"][0]["kv_groups"]) < plan["shape"]["kv_heads"]
+    assert "dropped" in err
+    limit = plan["parameters_before"] - 1
+    code, out, _ = invoke(capsys, *words, "--parameters", limit)
+    assert code == 0
+    assert json.loads(out)["parameters_after"] <= limit
 
 
 def test_run_shows_its_plan(capsys: pytest.CaptureFixture[str], small_run: Path, tmp_path: Path) -> None:
