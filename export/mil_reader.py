@@ -91,7 +91,8 @@ def read_functions(package: Path) -> dict[str, MilFunction]:
                           "Give one that a coreml export wrote.")  # fmt: skip
     weights = _WeightFile(package / WEIGHTS_FILE)
     try:
-        return {name: _function(body, weights) for name, body in message.mlProgram.functions.items()}
+        functions = sorted(message.mlProgram.functions.items())  # a message's map has no order of its own
+        return {name: _function(body, weights) for name, body in functions}
     except (KeyError, ValueError, IndexError, struct.error) as error:
         raise OutputError(f"{package} cannot be read ({type(error).__name__}: {error}). It is damaged or no "
                           "mlprogram; export it again.") from error  # fmt: skip
