@@ -55,7 +55,7 @@ class ExportOptions:
     """ONNX only: the type quantized matrix products compute in. int8 is three to four times as fast and rounds the
     activations in blocks, which moves logits by one or two percent of their range (about 2e-4 nats/token); its parity
     limits are wider accordingly."""
-    external_data_above_bytes: int = 1_500_000_000
+    external_data_above_bytes: int = 500_000_000
     """ONNX only: from this many bytes of weights on, they go into a `model.onnx.data` beside the graph (which may
     hold 2 GB at most)."""
 
