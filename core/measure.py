@@ -30,7 +30,7 @@ from torch import Tensor
 from dwindle.errors import DataError, RecipeError, UnsupportedModel
 from dwindle.report import Measurement
 from dwindle.token_set import TokenSet
-from dwindle.tokenization import encoding_sha256
+from dwindle.tokenization import require_tokenizer
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -198,11 +198,7 @@ class Meter:
             yield ids[None, whole:-1], ids[None, whole + 1 :]
 
     def _check(self, bundle: ModelBundle, context: int) -> None:
-        if encoding_sha256(bundle.tokenizer) != self.evaluation.tokenizer_sha256:
-            raise DataError(
-                f"{self.evaluation.source}: tokenised with another tokenizer than the model's. "
-                "Build the evaluation set again with the model's own tokenizer."
-            )
+        require_tokenizer(self.evaluation, bundle.tokenizer)
         named = [("model", bundle)] + ([("teacher", self.teacher)] if self.teacher is not None else [])
         short = [f"{name} has {b.anatomy.context:,}" for name, b in named if b.anatomy.context < context]
         if short:

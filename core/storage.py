@@ -59,7 +59,7 @@ def _explained(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(place)).free
             raise OutputError(
                 f"{place}: no space left on the device ({free:,} bytes free). "

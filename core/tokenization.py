@@ -15,7 +15,9 @@ from dwindle.storage import hash_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["adds_bos", "encode", "encode_plain", "encode_prefix", "encoding_sha256"]
+    from dwindle.token_set import TokenSet
+
+__all__ = ["adds_bos", "encode", "encode_plain", "encode_prefix", "encoding_sha256", "require_tokenizer"]
 
 _PROBE = "One day, 3 cats\tsaid:\n\n  “Größe – 好!” def f(x):\n    return x**2 + 1.50\r\n"
 
@@ -79,3 +81,12 @@ def encoding_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
             "probe": encode_plain(tokenizer, [_PROBE])[0],
         }
     )
+
+
+def require_tokenizer(tokens: TokenSet, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError unless the set was made with a tokenizer that gives texts the same ids."""
+    if tokens.tokenizer_sha256 != encoding_sha256(tokenizer):
+        raise DataError(
+            f"{tokens.source}: tokenised with another tokenizer than the model's. "
+            f"Build the {tokens.role} set again with the model's own tokenizer."
+        )

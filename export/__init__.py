@@ -3,7 +3,8 @@
 `run(bundle, ExportOptions(...), folder)` returns artifacts; `require_parity` turns a miss into an error;
 `open_artifact(folder)` executes what was exported; `export_encoder` is for models that write no text.
 
-    the step          options, step, backends (the table of formats), parity, artefact, licence, package_readme
+    the step          options, step, backends (the table of formats), parity, artefact, licence,
+                      package_readme, packed_widths
     the decoder       decoder, rotary, kv_cache
     ONNX              onnx_graph, onnx_attention, onnx_linears, onnx_quantized, onnx_kv, onnx_builder; onnx_runner;
                       genai_config

@@ -41,6 +41,7 @@ from dwindle.bit_packing import packed_bytes
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra, offenders
 from dwindle.export.options import ExportOptions
+from dwindle.export.packed_widths import width_problems
 from dwindle.quantized_model import PackedModule, packed_specs
 from dwindle.weights import AffineWeight, PalettizedWeight, packed_shapes, spec_bits
 
@@ -92,15 +93,7 @@ def coreai_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
 
 
 def _width_problems(specs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    problems = []
-    for kind, allowed in ((PalettizedWeight.kind, PALETTE_BITS), (AffineWeight.kind, AFFINE_BITS)):
-        wrong = [f"{name} ({spec['bits']} bits)" for name, spec in specs.items()
-                 if spec["kind"] == kind and spec["bits"] not in allowed]  # fmt: skip
-        if wrong:
-            problems.append(
-                f"coreai: {len(wrong)} {kind} weights have a width that Core AI does not store: "
-                f"{offenders(wrong, 6)}. Quantize with bits of {', '.join(map(str, allowed))}."
-            )
+    problems = width_problems("coreai", "Core AI", specs, PALETTE_BITS, AFFINE_BITS)
     balanced = [name for name, spec in specs.items() if spec.get("balanced")]
     if balanced:
         problems.append(f"coreai: {len(balanced)} weights are balanced integers, whose centre is no whole number: "

@@ -39,6 +39,7 @@ from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra, offenders
 from dwindle.export.coreml_chunks import chunk_problems
 from dwindle.export.options import ExportOptions
+from dwindle.export.packed_widths import width_problems
 from dwindle.quantized_model import packed_specs
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
 
@@ -70,14 +71,7 @@ def coreml_problems(bundle: ModelBundle, options: ExportOptions | None = None) -
     if tuple(int(part) for part in np.__version__.split(".")[:2]) >= NUMPY_TOO_NEW:
         problems.append(f"coreml: coremltools does not convert with numpy {np.__version__}. "
                         "Run: pip install 'numpy<2.4'")  # fmt: skip
-    for kind, allowed in ((PalettizedWeight.kind, PALETTE_BITS), (AffineWeight.kind, AFFINE_BITS)):
-        wrong = [f"{name} ({spec['bits']} bits)" for name, spec in specs.items()
-                 if spec["kind"] == kind and spec["bits"] not in allowed]  # fmt: skip
-        if wrong:
-            problems.append(
-                f"coreml: {len(wrong)} {kind} weights have a width that Core ML does not store: "
-                f"{offenders(wrong, 6)}. Quantize with bits of {', '.join(map(str, allowed))}."
-            )
+    problems += width_problems("coreml", "Core ML", specs, PALETTE_BITS, AFFINE_BITS)
     return problems if options is None else problems + _shape_problems(bundle, options.resolved(bundle.anatomy))
 
 

@@ -7,12 +7,10 @@ place when it is whole and checked; a missed limit does not raise here, it is to
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dwindle.bundle import ModelBundle
-from dwindle.errors import OutputError, RecipeError
+from dwindle.errors import RecipeError
 from dwindle.export.artefact import (
     manifest_of,
     model_facts,
@@ -67,6 +65,8 @@ def run(
     """
     output, options = Path(output), options.resolved(bundle.anatomy)
     length, steps, longest = options.parity_lengths()
+    if evaluation is not None:
+        longest = min(longest, max(length, evaluation.ids.numel()))
     given = list(prompts) if prompts else parity_prompts(bundle, options.prompts, length, evaluation)
     texts = _Texts(given, steps, parity_prompts(bundle, 1, longest, evaluation)[0])
     _require_fitting(texts, options)
@@ -94,7 +94,7 @@ def open_artifact(folder: Path) -> ExecutedRunner:
 
 def _export(name: str, bundle: ModelBundle, options: ExportOptions, place: Path, texts: _Texts) -> Artifact:
     form, started = BACKENDS[name], time.perf_counter()
-    with _full_disk_told(place), atomic_folder(place) as partial:
+    with atomic_folder(place) as partial:
         written = form.write(bundle, partial, options)
         write_companions(bundle, partial)
         exported = time.perf_counter()
@@ -121,17 +121,6 @@ def _export(name: str, bundle: ModelBundle, options: ExportOptions, place: Path,
         details={**facts, "runtime": runtime, "export_seconds": exported - started,
                  "parity_seconds": checked - exported, "not_executed": manifest["not_executed"]},
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _full_disk_told(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OutputError(f"{place}: the disk is full ({error}). Free some space and export again; what was written "
-                          "is removed, an earlier export stays.") from error  # fmt: skip
 
 
 def _observed(runner: ExecutedRunner) -> dict[str, Any]:

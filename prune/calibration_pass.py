@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dwindle.anatomy import module
 from dwindle.errors import DataError
 from dwindle.token_set import TokenSet
-from dwindle.tokenization import encoding_sha256
+from dwindle.tokenization import require_tokenizer
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -29,11 +29,7 @@ _BATCH_TOKENS = 4096
 def check_calibration(bundle: ModelBundle, calibration: TokenSet) -> None:
     """Raise DataError for a set of another role or tokenizer, or windows longer than the model's context."""
     calibration.require("calibration")
-    if calibration.tokenizer_sha256 != encoding_sha256(bundle.tokenizer):
-        raise DataError(
-            f"{calibration.source}: tokenised with another tokenizer than the model's. "
-            "Build the calibration set again with the model's own tokenizer."
-        )
+    require_tokenizer(calibration, bundle.tokenizer)
     window, context = calibration.ids.shape[1], bundle.anatomy.context
     if window > context:
         raise DataError(

@@ -43,7 +43,7 @@ from dwindle.prune.mask_options import MaskOptions, MaskSchedule
 from dwindle.prune.masked_model import AxisMasks, MaskAxis, MaskedModel, axis_units
 from dwindle.prune.scores import activation_axis_scores
 from dwindle.token_set import TokenSet
-from dwindle.tokenization import encoding_sha256
+from dwindle.tokenization import require_tokenizer
 from dwindle.train import TrainLine, TrainResult, train
 
 if TYPE_CHECKING:
@@ -180,11 +180,7 @@ def _training_windows(bundle: ModelBundle, tokens: TokenSet) -> TokenSet:
             f"{tokens.source}: masks are trained on this text, and its role is 'evaluation'. Build a training or "
             "calibration set; what is measured on must not be trained on."
         )
-    if tokens.tokenizer_sha256 != encoding_sha256(bundle.tokenizer):
-        raise DataError(
-            f"{tokens.source}: tokenised with another tokenizer than the model's. "
-            "Build the set again with the model's own tokenizer."
-        )
+    require_tokenizer(tokens, bundle.tokenizer)
     if window > context + 1:
         raise DataError(
             f"{tokens.source}: windows of {window:,} tokens, but the model's context is {context:,}. "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwindle.errors import DataError
 from dwindle.token_set import TokenSet
-from dwindle.tokenization import encode_plain, encoding_sha256
+from dwindle.tokenization import encode_plain, require_tokenizer
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -88,8 +88,4 @@ def _require_countable(bundle: ModelBundle, corpus: TokenSet) -> None:
             f"{corpus.source}: an evaluation set may not choose the vocabulary it will judge. "
             "Count training or calibration text."
         )
-    if corpus.tokenizer_sha256 != encoding_sha256(bundle.tokenizer):
-        raise DataError(
-            f"{corpus.source}: tokenised with another tokenizer than the model's. "
-            "Build the set again with the model's own tokenizer, or give its texts."
-        )
+    require_tokenizer(corpus, bundle.tokenizer)

@@ -22,6 +22,7 @@ from dwindle.export import step as export_step
 from dwindle.export.artefact import read_manifest
 from dwindle.quantized_model import apply_quantized_weights
 from dwindle.storage import folder_bytes, hash_file, hash_folder
+from dwindle.token_set import TokenSet
 from dwindle.weights import AffineWeight, PalettizedWeight
 
 ONNX = ExportOptions(formats=("onnx",))
@@ -83,6 +84,17 @@ def test_the_folder_is_whole_checked_and_accounted_for(tiny_bundle: Callable[...
     assert (manifest["context_length"], manifest["vocabulary"]) == (64, 272)
     assert manifest["parity"]["passed"] is True
     assert [p.name for p in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_an_evaluation_text_shorter_than_the_context_is_read_whole(
+    tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    ids = torch.arange(40)[None] + 10
+    short = TokenSet(ids, "evaluation", "text.txt", "0" * 64, 40, "1" * 64)
+    (artifact,) = export.run(tiny_bundle("llama"), ONNX, tmp_path, evaluation=short)
+    assert artifact.parity is not None
+    assert artifact.parity.passed
+    assert artifact.parity.longest_tokens == 40
 
 
 def test_details_carry_what_a_cost_model_needs(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
