@@ -15,8 +15,8 @@ text alone, without padding. So masks, positions and the longest context are par
     top-1 agreement     same label, same token, or same nearest other text
 
 A float export has to agree as float32 does. What 8 and 4 bits may cost is a quality limit. On the texts of
-`EncoderOptions`, MiniLM has a mean cosine of 0.9987 in 8 bits and 0.969 in 4; its smallest, 0.994 and 0.910, are those
-of a text of one word. The limits leave some room below.
+`EncoderOptions`, MiniLM has a mean cosine of 0.9987 in 8 bits and 0.969 in 4, and a smallest of 0.994 and 0.910. The
+limits were set after these numbers, with some room below.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ random models of nine families and three trained ones, and by 1e-5 and 6e-11 nat
 parameters). A wrong mask, position or scale, and numbers in 16 bits, lie above 1e-3. The limits stand between.
 
 Logits of the reference are computed a few rows at a time and packed weights are unpacked one by one, so the gate needs
-little more memory than the two models: a checkpoint of a billion parameters passes it within 3 GB.
+little more memory than the two models: a checkpoint of a billion parameters passes it within 3 GiB.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ What surrounds the operator is a choice, as Apple has published nothing of it:
   wrongly kept can only be dropped while nothing is saturated. It ends so low that the masks are near 0 and 1, because
   fractions are a freedom that the cut does not have. stories260K, half of the units, 100 steps of 1,024 tokens,
   nats/token of the hard choice: 0.3 -> 0.02 gives 3.66, 1 -> 0.02 3.25, 2 -> 0.02 3.14, 4 -> 0.02 2.99; 4 -> 0.1 at
-  twice the rate 3.29 (one-shot activation scores 3.78, magnitude 4.15).
+  twice the rate 3.29 (one-shot activation scores 3.78, magnitude 4.15). The defaults are the best of 13 tries on that
+  text, and other texts may like others.
 - *Hard at the end*: the k units of the highest scores stay, and nothing of the soft masks is left in the weights.
 
 With `weight_rate` the weights of a copy learn along with the masks, as Apple's do.
