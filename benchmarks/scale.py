@@ -3,8 +3,9 @@
     python benchmarks/scale.py --layers 22 --target-bits-per-weight 3.5 [--data TEXT]
 
 Writes a random Llama (`random_llama.py`: 22 layers are 1.1 billion weights, fp16, sharded) into a scratch folder,
-quantizes it with the command line in a fresh process, and prints one JSON line: wall seconds, seconds per billion
-weights, and the process's highest resident set, which counts pages of mapped files too. Run it at 11 and at 22 layers
+quantizes it with the command line in a fresh process, and prints one JSON line: wall seconds, CPU seconds (which a busy
+machine does not stretch), those per billion weights, and the process's highest resident set, which counts pages of
+mapped files too. Run it at 11 and at 22 layers
 to see whether time grows with the weights and memory does not.
 """
 
@@ -26,8 +27,8 @@ TOKENIZER = "pycode-6m"
 """Whose tokenizer the random model gets."""
 
 
-def _waited(command: list[str]) -> tuple[float, int]:
-    """Return (seconds, peak resident bytes) of a command; raise CalledProcessError if it fails."""
+def _waited(command: list[str]) -> tuple[float, float, int]:
+    """Return (seconds, CPU seconds, peak resident bytes) of a command; raise CalledProcessError if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
@@ -35,7 +36,7 @@ def _waited(command: list[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -58,8 +59,9 @@ def main() -> None:
         command += ["-o", str(Path(folder) / "quantized"), "--scheme", "palettize"]
         command += ["--target-bits-per-weight", str(options.target_bits_per_weight)]
         command += ["-d", options.data] if options.data else []
-        seconds, peak = _waited(command)
-    result = {"weights": weights, "seconds": seconds, "seconds_per_billion_weights": seconds / weights * 1e9}
+        seconds, cpu_seconds, peak = _waited(command)
+    result = {"weights": weights, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    result["cpu_seconds_per_billion_weights"] = cpu_seconds / weights * 1e9
     print(json.dumps(result | {"peak_rss_bytes": peak, "calibrated": bool(options.data)}))
 
 

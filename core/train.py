@@ -34,17 +34,19 @@ from torch import Tensor, nn
 
 from dwindle.checkpoint import Checkpoints
 from dwindle.data_order import mixed_seed, windows_of_step
-from dwindle.errors import DataError, GateFailed, RecipeError
+from dwindle.errors import DataError, RecipeError
 from dwindle.progress import progress_bar
+from dwindle.recomputation import recomputed
 from dwindle.schedules import schedule_of
-from dwindle.sharding import Processes, Sharded, whole
+from dwindle.sharding import Processes, Sharded, repeated_layers, whole
 from dwindle.storage import hash_json, require_space
 from dwindle.token_set import TokenSet
 from dwindle.trackers import Tracker, open_trackers
+from dwindle.train_guard import require_finite, require_no_divergence
 from dwindle.train_log import RunProgress, TrainLine, TrainResult, append_line, cut_log
 from dwindle.train_options import TrainOptions
 
-__all__ = ["NextToken", "Objective", "TrainLine", "TrainOptions", "TrainResult", "train"]
+__all__ = ["Evaluate", "NextToken", "Objective", "TrainLine", "TrainOptions", "TrainResult", "train"]
 
 
 class Objective(Protocol):
@@ -57,6 +59,10 @@ class Objective(Protocol):
         its weights are gathered in its forward pass only. Random draws come from torch's default generator.
         """
         ...
+
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+"""Measures a model in training: named numbers. Under `torchrun` it must call the model as a whole, in every process."""
 
 
 class NextToken:
@@ -103,7 +109,8 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers of this run, but for the weights it starts from."""
-        free = {"tokens", "steps", "checkpoint_every", "checkpoints_kept", "log_every", "trackers"}
+        free = {"tokens", "steps", "checkpoint_every", "checkpoints_kept", "log_every", "trackers", "evaluate_every",
+                "divergence_margin", "activation_checkpointing"}  # fmt: skip
         chosen = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name not in free}
         shapes = [[name, list(p.shape), p.requires_grad] for name, p in self.model.named_parameters()]
         return {**chosen, "steps": self.steps, "token_set": self.tokens.sha256, "model": hash_json(shapes)}
@@ -134,16 +141,21 @@ class _Run:
         loss, parts = self.gradients(step)
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         norm = float(whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise GateFailed(
-                f"train: step {step + 1} of {self.steps} has loss {loss} and gradient norm {norm}. "
-                "The update was not made, and earlier checkpoints are kept. "
-                f"Lower learning_rate ({self.options.learning_rate:g}), raise warmup_share "
-                f"({self.options.warmup_share:g}), or mend the data."
-            )
+        require_finite(loss, norm, step, self.steps, self.options)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, parts, rate, norm
+
+    def evaluation(self, evaluate: Evaluate) -> dict[str, float]:
+        """Return what `evaluate` says of the model as it is now; training mode comes back."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model).items()}
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _content_sum(model: nn.Module) -> int:
@@ -194,8 +206,9 @@ def _training(run: _Run) -> Iterator[None]:
     """Training mode and a random state of our own; both are put back, and no gradient stays behind."""
     modes = {module: module.training for module in run.model.modules()}
     run.model.train()
+    layers = repeated_layers(run.model) if run.options.activation_checkpointing else []
     try:
-        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        with recomputed(layers), torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             yield
     finally:
         run.optimizer.zero_grad(set_to_none=True)
@@ -209,6 +222,7 @@ def _loop(
     checkpoints: Checkpoints | None,
     listeners: list[Callable[[TrainLine], None]],
     line_listeners: list[Callable[[TrainLine], None]],
+    evaluate: Evaluate | None,
 ) -> None:
     """Take the steps that are left; tell `listeners` of each one, and `line_listeners` of each log line."""
     while progress.step < run.steps:
@@ -218,11 +232,16 @@ def _loop(
         for listener in listeners:
             listener(now)
         last = progress.step == run.steps
-        if last or progress.step % run.options.log_every == 0:
-            line = progress.close_line(now)
+        closes = last or progress.step % run.options.log_every == 0
+        saves = checkpoints is not None and (last or progress.step % run.options.checkpoint_every == 0)
+        if closes or saves:
+            require_no_divergence(progress, run.options)
+        if closes:
+            due = evaluate is not None and (last or progress.evaluation_due(run.options.evaluate_every))
+            line = progress.close_line(now, run.evaluation(evaluate) if due and evaluate else None)
             for listener in line_listeners:
                 listener(line)
-        if checkpoints is not None and (last or progress.step % run.options.checkpoint_every == 0):
+        if checkpoints is not None and saves:
             checkpoints.save(progress.step, run.model, run.optimizer, progress.to_json())
 
 
@@ -235,17 +254,20 @@ def train(
     folder: Path | None = None,
     on_step: Callable[[TrainLine], None] | None = None,
     identity: Mapping[str, object] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Train `model` in place and return how it went. Under `torchrun` every process calls this alike.
 
     With a `folder`, run.jsonl and checkpoints are written there, and a call with the same arguments goes on from the
     newest whole checkpoint; a finished run only loads its weights. A checkpoint is refused if options, data, starting
     weights or `identity` differ: JSON values for what the loop cannot see, such as the losses and the teacher.
-    `on_step` gets every step's own values, in every process.
+    `on_step` gets every step's own values, in every process. `evaluate` is called every `evaluate_every` steps and
+    after the last, in every process, with the module in evaluation mode (under `torchrun` the sharded one); what it
+    returns stands in the log, each name behind `evaluation_`.
 
     Raises DataError for a token set of another role or without windows, RecipeError if nothing is trainable, the batch
     cannot be cut, or the folder holds another run, MissingExtra for a tracker that is not installed, and GateFailed
-    when a loss or gradient is no finite number.
+    when a loss or gradient is no finite number, or the loss runs away (`train_guard`).
     """
     processes = Processes.current(next(model.parameters()).device)
     _check(model, tokens, options, processes.world)
@@ -262,7 +284,8 @@ def train(
             line_listeners.append(lambda line: append_line(log, line))
         try:
             with _training(run), progress_bar(progress.step, run.steps, processes.first) as draw:
-                _loop(run, progress, checkpoints, [draw, *([] if on_step is None else [on_step])], line_listeners)
+                told = [draw, *([] if on_step is None else [on_step])]
+                _loop(run, progress, checkpoints, told, line_listeners, evaluate)
         finally:
             for tracker in trackers:
                 tracker.close()

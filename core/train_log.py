@@ -22,7 +22,8 @@ _HISTORY_LINES = 512
 
 @dataclass(frozen=True)
 class TrainLine:
-    """One line of run.jsonl. Loss and parts are means over the steps since the line before; the rest is the step's."""
+    """One line of run.jsonl. Loss and parts are means over the steps since the line before; the rest is the step's, and
+    so are the parts of an evaluation, whose names begin with `evaluation_`."""
 
     step: int
     tokens: int
@@ -64,6 +65,8 @@ class RunProgress:
     stride: int = 1
     history: list[TrainLine] = field(default_factory=list)
     last_line: TrainLine | None = None
+    lowest_line: float | None = None
+    """Least mean loss of a closed line."""
 
     def add(
         self, loss: float, parts: Mapping[str, float], learning_rate: float, grad_norm: float, seconds: float
@@ -90,8 +93,12 @@ class RunProgress:
             round(self.seconds, 3),
         )
 
-    def close_line(self, now: TrainLine) -> TrainLine:
-        """Return the line that ends at step `now`, and begin another.
+    def evaluation_due(self, every: int | None) -> bool:
+        """Return whether a multiple of `every` lies in the line being made."""
+        return every is not None and self.step // every > (self.step - self.line_steps) // every
+
+    def close_line(self, now: TrainLine, evaluation: Mapping[str, float] | None = None) -> TrainLine:
+        """Return the line that ends at step `now`, with the `evaluation` made there, and begin another.
 
         Of all lines every `stride`-th is kept; whenever there are too many, every other one goes and `stride` doubles.
         """
@@ -99,7 +106,10 @@ class RunProgress:
             step=self.step,
             tokens=now.tokens,
             loss=self.line_loss / self.line_steps,
-            parts={name: value / self.line_steps for name, value in sorted(self.line_parts.items())},
+            parts={
+                **{name: value / self.line_steps for name, value in sorted(self.line_parts.items())},
+                **(evaluation or {}),
+            },
             learning_rate=now.learning_rate,
             grad_norm=now.grad_norm,
             tokens_per_second=round(self.line_steps * self.step_tokens / max(self.line_seconds, 1e-9), 1),
@@ -112,6 +122,7 @@ class RunProgress:
             del self.history[1::2]
             self.stride *= 2
         self.last_line = line
+        self.lowest_line = line.loss if self.lowest_line is None else min(self.lowest_line, line.loss)
         self.line_loss, self.line_steps, self.line_seconds, self.line_parts = 0.0, 0, 0.0, {}
         return line
 

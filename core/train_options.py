@@ -46,6 +46,12 @@ class TrainOptions:
     """Order of the data and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward passes under autocast; weights and moments stay fp32."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of decoder layers and compute the rest again: less memory, a third more time, same bits."""
+    divergence_margin: float | None = 3.0
+    """Stop when the mean loss of a log line is this far above the lowest line before; None: never."""
+    evaluate_every: int | None = None
+    """Steps between evaluations, each at the next log line; None: none."""
     checkpoint_every: int = 200
     """Steps between checkpoints (only with a folder; the last step always has one)."""
     checkpoints_kept: int = 2
@@ -64,7 +70,7 @@ class TrainOptions:
 
     def _wrong_counts(self) -> list[str]:
         counts = ["batch_size", "gradient_accumulation", "checkpoint_every", "checkpoints_kept", "log_every"]
-        counts += [name for name in ("tokens", "steps") if getattr(self, name) is not None]
+        counts += [name for name in ("tokens", "steps", "evaluate_every") if getattr(self, name) is not None]
         wrong = [
             f"{name}={getattr(self, name)!r} (needed: a whole number of at least 1)"
             for name in counts
@@ -96,6 +102,8 @@ class TrainOptions:
             wrong.append(f"betas={self.betas!r} (needed: two numbers from 0 to below 1)")
         if self.clip_norm is not None and not self.clip_norm > 0:
             wrong.append(f"clip_norm={self.clip_norm!r} (needed: more than 0, or none)")
+        if self.divergence_margin is not None and not self.divergence_margin > 0:
+            wrong.append(f"divergence_margin={self.divergence_margin!r} (needed: more than 0, or none)")
         if self.precision not in ("fp32", "bf16"):
             wrong.append(f"precision={self.precision!r} (needed: 'fp32' or 'bf16')")
         if self.schedule not in ("wsd", "cosine"):

@@ -23,6 +23,8 @@ class MaskOptions(TrainOptions):
     """Peak rate of the scores, whose standard deviation in a layer is 1 at the start."""
     weight_decay: float = 0.0
     """Decoupled decay of whatever is trained."""
+    divergence_margin: float | None = None
+    """As in the training loop; off, because the loss of masks begins at 0 and rises with what they remove."""
     weight_rate: float | None = None
     """Peak rate of the model's own weights, which then learn along; None leaves them as they are."""
     masks_warmup_share: float = 0.2

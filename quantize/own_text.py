@@ -7,17 +7,17 @@ than itself (LLM-QAT, Liu et al. 2023, arXiv:2305.17888, section 3.1). With 1,53
 the given 512 the same steps end at 0.43 instead of 0.50.
 
 Every window begins with a piece of the calibration text, so that all of its subjects occur, and goes on with tokens
-drawn from the full distribution at temperature 1: likelier tokens alone would never show the tail. The keys and values
-of the past are kept, so a window costs about as much as one pass of training on it.
+drawn from the full distribution at temperature 1 (`dwindle.continuation`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dwindle.continuation import continued
 from dwindle.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,17 +47,6 @@ def own_text(bundle: ModelBundle, ids: Tensor, windows: int, seed: int = 0) -> T
     pieces = ids[:, : length // prompt * prompt].reshape(-1, prompt).to("cpu", torch.long)
     passes = -(-windows // len(pieces))
     chosen = torch.cat([torch.randperm(len(pieces), generator=order) for _ in range(passes)])[:windows]
-    return torch.cat([_continued(bundle, batch, length, order) for batch in torch.split(pieces[chosen], BATCH_WINDOWS)])
-
-
-def _continued(bundle: ModelBundle, prompts: Tensor, length: int, order: torch.Generator) -> Tensor:
-    """Return [B, length]: prompts [B, P] and what the model says next; drawn on the CPU, alike on every device."""
-    model: Any = bundle.model
-    text, news, past = prompts, prompts, None
-    while text.shape[1] < length:
-        # Nothing is padded, and without a mask every model takes its plain causal path.
-        out = model(input_ids=news.to(model.device), past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = out.past_key_values
-        news = torch.multinomial(out.logits[:, -1].float().softmax(-1).cpu(), 1, generator=order)
-        text = torch.cat([text, news], dim=1)
-    return text
+    return torch.cat(
+        [continued(bundle.model, batch, length, order) for batch in torch.split(pieces[chosen], BATCH_WINDOWS)]
+    )

@@ -210,3 +210,67 @@ def test_next_token_is_the_models_own_loss(tiny_bundle) -> None:  # type: ignore
     loss, parts = NextToken().loss(model, batch)
     assert loss.item() == pytest.approx(model(input_ids=batch, labels=batch).loss.item(), abs=1e-5)
     assert parts == {}
+
+
+def test_a_loss_that_runs_away_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    class Climbing(tiny.TinyLoss):
+        steps = 0
+
+        def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+            self.steps += 1
+            loss, parts = super().loss(model, batch)
+            return loss + max(0, self.steps - 4) * 5.0, parts
+
+    options = replace(tiny.OPTIONS, gradient_accumulation=1, log_every=2, checkpoint_every=3, divergence_margin=2.5)
+    with pytest.raises(GateFailed, match=r"diverges. Steps 5 to 6 have a mean loss of .* divergence_margin=2.5"):
+        train(tiny.TinyModel(), Climbing(), tiny.tiny_tokens(), options, folder=tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert train(tiny.TinyModel(), tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path).steps == 12
+    free = replace(options, divergence_margin=None)
+    assert train(tiny.TinyModel(), Climbing(), tiny.tiny_tokens(), free).steps == 12
+
+
+def test_activation_checkpointing_gives_the_same_bits_and_keeps_less() -> None:
+    def run(on: bool) -> tuple[dict[str, Tensor], int, nn.Module]:
+        model, kept = tiny.TinyModel(dropout=0.3), 0
+
+        class Counting(tiny.TinyLoss):
+            def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+                nonlocal kept
+                total = 0
+
+                def pack(saved: Tensor) -> Tensor:
+                    nonlocal total
+                    total += saved.numel()
+                    return saved
+
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+                    found = super().loss(model, batch)
+                kept = total
+                return found
+
+        train(model, Counting(), tiny.tiny_tokens(), replace(tiny.OPTIONS, activation_checkpointing=on))
+        return weights(model), kept, model
+
+    (plain, plain_kept, _), (again, again_kept, model) = run(False), run(True)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert again_kept < plain_kept
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_evaluations_stand_in_the_log_and_change_nothing(tmp_path: Path) -> None:
+    modes = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        modes.append((model.training, torch.is_grad_enabled()))
+        torch.rand(3)
+        return {"nats_per_token": float(len(modes))}
+
+    options = replace(tiny.OPTIONS, log_every=2, evaluate_every=5)
+    plain, watched = tiny.TinyModel(dropout=0.1), tiny.TinyModel(dropout=0.1)
+    train(plain, tiny.TinyLoss(), tiny.tiny_tokens(), options)
+    result = train(watched, tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path, evaluate=evaluate)
+    found = {line.step: line.parts.get("evaluation_nats_per_token") for line in result.history}
+    assert found == {2: None, 4: None, 6: 1.0, 8: None, 10: 2.0, 12: 3.0}
+    assert modes == [(False, False)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))

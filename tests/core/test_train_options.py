@@ -32,6 +32,8 @@ def test_every_wrong_option_is_named_at_once() -> None:
         ({"warmup_share": 0.6, "decay_share": 0.6}, r"warmup_share \+ decay_share=1.2"),
         ({"steps": 2.5}, r"steps=2.5 \(needed: a whole number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"divergence_margin": 0.0}, r"divergence_margin=0.0 \(needed: more than 0"),
+        ({"evaluate_every": 0}, "evaluate_every=0"),
     ],
 )
 def test_options_that_do_not_go_together(values: dict[str, float], message: str) -> None:
