@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.adapters.peft_folder import LowRank, read_adapter
+from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
@@ -41,10 +42,11 @@ def merged_weight(weight: Tensor, change: LowRank) -> Tensor:
 def merge(bundle: ModelBundle, adapter: Path | str) -> tuple[ModelBundle, StepRecord]:
     """Return a float model with the adapter folded in; the given bundle is unchanged.
 
-    Raises RecipeError for a quantized base, UnsupportedModel for a folder that is no low-rank adapter or that names
-    modules or shapes the model does not have.
+    Raises RecipeError for a quantized base, UnsupportedModel for a model with experts, or a folder that is no low-rank
+    adapter or that names modules or shapes the model does not have.
     """
     adapter = Path(adapter)
+    require_dense(bundle.anatomy, "merge")
     if bundle.quantized:
         raise RecipeError(
             "merge: the base is quantized; an adapter cannot be folded into codes without rounding them again. "

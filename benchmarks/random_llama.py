@@ -17,7 +17,7 @@ from dwindle.anatomy import anatomy_of
 from dwindle.bundle import ModelBundle
 from dwindle.lineage import Lineage
 from dwindle.model_source import skeleton_of
-from dwindle.quantize.shard_writer import ShardWriter
+from dwindle.shard_writer import ShardWriter
 from dwindle.storage import atomic_folder
 from dwindle.tokenizer_files import load_tokenizer
 

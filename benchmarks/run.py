@@ -5,7 +5,8 @@ the medians of wall seconds and peak resident memory, the quality both reached, 
 pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
 `quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
 on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
-`gate` exports the real models to every format and executes them (`gate.py`).
+`gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
+(`prune_quality.py`; an hour or two, it goes on where it stopped).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate")
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "prune", "distill-loss")
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -86,6 +87,12 @@ def main() -> None:
             scale()
         elif name == "onnx":
             subprocess.run([sys.executable, str(HERE / "onnx_decode.py")], check=True)
+        elif name == "prune":
+            results = ["--results", str(RESULTS / "prune_quality.json")]
+            subprocess.run([sys.executable, str(HERE / "prune_quality.py"), *results, "--peer", peers[0]], check=True)
+        elif name == "distill-loss":
+            command = [sys.executable, "-P", str(HERE / "distill_loss.py"), "--peers", peers[0]]
+            subprocess.run([*command, "--runs", str(options.runs), "--check"], check=True)
         elif name == "gate":
             subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:

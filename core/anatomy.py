@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dwindle.config_problems import head_dim_of, kv_heads_of, shape_problems
 from dwindle.errors import UnsupportedModel, offenders
-from dwindle.families import FAMILIES, Family, NormLayout, QKNorm, family_of
+from dwindle.families import FAMILIES, ExpertKeys, Family, NormLayout, QKNorm, family_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dwindle.rope import Rope
 
-__all__ = ["FAMILIES", "Anatomy", "Part", "Traits", "anatomy_of", "check_model", "family_of", "module", "set_module",
-           "shape_problems"]  # fmt: skip
+__all__ = ["FAMILIES", "Anatomy", "Experts", "Part", "Traits", "anatomy_of", "check_model", "family_of", "module",
+           "require_dense", "set_module", "shape_problems"]  # fmt: skip
 
 Part = Literal["q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up"]
 
@@ -31,6 +31,7 @@ _SEPARATE: dict[Part, str] = {
 _FUSED: dict[Part, str] = {
     "qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+_FFN: tuple[Part, ...] = ("gate", "up", "down")
 _NORMS: dict[NormLayout, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
@@ -62,6 +63,24 @@ class Traits:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of one layer: of `count` FFNs the router chooses `top_k` for every token.
+
+    Their names are those in checkpoint files; how a loaded model holds them depends on transformers' version, see
+    `dwindle.experts`. A shared expert, which every token passes, is the layer's FFN: its gate, up and down are `parts`.
+    """
+
+    count: int
+    width: int
+    """Units of every expert."""
+    top_k: int
+    normalized: bool
+    """The weights of the chosen are divided by their sum."""
+    shared: bool
+    """A shared expert is added, weighed by the sigmoid of a gate."""
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Names and shapes of one concrete model. H heads, K KV heads, D width, V vocabulary."""
 
@@ -69,7 +88,7 @@ class Anatomy:
     layers: int
     width: int
     ffn_width: tuple[int, ...]
-    """Per layer: units between gate/up and down."""
+    """Per layer: units between gate/up and down; with experts those of the shared one, 0 if there is none."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -82,18 +101,60 @@ class Anatomy:
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     final_norm: str = "model.norm"
+    experts: tuple[Experts | None, ...] = ()
+    """Per layer, None for a dense one; empty for a dense family."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Return whether any layer has a mixture of experts."""
+        return any(self.experts)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the mixture of experts of a layer, or None."""
+        return self.experts[layer] if self.experts else None
+
+    def mixture_path(self, layer: int) -> str:
+        """Return the name, in checkpoint files, of what holds a layer's router and experts."""
+        return f"{self.layer_path(layer)}.{self._expert_keys.block}"
+
+    def router(self, layer: int) -> str:
+        """Return the name, in checkpoint files, of the linear [experts, D] that scores the experts."""
+        return f"{self.mixture_path(layer)}.gate"
+
+    def shared_gate(self, layer: int) -> str:
+        """Return the name, in checkpoint files, of the linear [1, D] that weighs a shared expert."""
+        return f"{self.mixture_path(layer)}.shared_expert_gate"
+
+    def expert_parts(self, layer: int, expert: int) -> dict[Part, str]:
+        """Return the names, in checkpoint files, of an expert's linears."""
+        keys, path = self._expert_keys, f"{self.mixture_path(layer)}.experts.{expert}"
+        return {"gate": f"{path}.{keys.gate}", "up": f"{path}.{keys.up}", "down": f"{path}.{keys.down}"}
+
+    @property
+    def _expert_keys(self) -> ExpertKeys:
+        keys = family_of(self.model_type).experts
+        assert keys is not None, f"{self.model_type} has no experts"
+        return keys
 
     def layer_path(self, layer: int) -> str:
         """Return the full name of a decoder layer's module."""
         return f"model.layers.{layer}"
 
     def parts(self, layer: int) -> dict[Part, str]:
-        """Return the full names of a layer's linears by the part they play (fused families have qkv and gate_up)."""
+        """Return the full names of a layer's linears by the part they play (fused families have qkv and gate_up).
+
+        With experts, gate, up and down are those of the shared one, or missing: the experts are no `parts`.
+        """
         names = _FUSED if self.fused else _SEPARATE
+        experts = self.experts_of(layer)
+        if experts is not None:
+            path = f"{self._expert_keys.block}.shared_expert"
+            names = {part: name for part, name in names.items() if part not in _FFN}
+            names |= {part: f"{path}.{part}_proj" for part in _FFN if experts.shared}
         return {part: f"{self.layer_path(layer)}.{name}" for part, name in names.items()}
 
     def linear_names(self) -> list[str]:
-        """Return the full names of all linears of all layers; never the embedding or the head."""
+        """Return the full names of all `parts` of all layers; never the embedding, the head, a router or an expert."""
         return [name for layer in range(self.layers) for name in self.parts(layer).values()]
 
     def layer_norms(self, layer: int) -> list[str]:
@@ -140,11 +201,16 @@ def anatomy_of(config: Any) -> Anatomy:
     if problems:
         raise UnsupportedModel(f"{config.model_type} config: {'; '.join(problems)}. Mend config.json.")
     layers = int(config.num_hidden_layers)
+    experts = _experts(config, family)
+    shared = family.experts.shared_width_key if family.experts else None
+    shared_width = int(getattr(config, shared)) if shared else 0
     return Anatomy(
         model_type=config.model_type,
         layers=layers,
         width=int(config.hidden_size),
-        ffn_width=(int(config.intermediate_size),) * layers,
+        ffn_width=tuple(
+            shared_width if mixed else int(config.intermediate_size) for mixed in experts or (None,) * layers
+        ),
         heads=int(config.num_attention_heads),
         kv_heads=kv_heads_of(config),
         head_dim=head_dim_of(config),
@@ -153,11 +219,42 @@ def anatomy_of(config: Any) -> Anatomy:
         tied=bool(config.tie_word_embeddings),
         fused=family.fused,
         traits=_traits(config, family),
+        experts=experts,
+    )
+
+
+def require_dense(anatomy: Anatomy, step: str) -> None:
+    """Raise UnsupportedModel for a model with experts, in the name of a step that does not carry them."""
+    if anatomy.has_experts:
+        mixtures = [found for found in anatomy.experts if found]
+        raise UnsupportedModel(
+            f"{step}: {anatomy.model_type} has mixtures of {mixtures[0].count} experts in {len(mixtures)} of "
+            f"{anatomy.layers} layers, which {step} does not carry. Models with experts can be pruned, distilled and "
+            "measured; distill into a dense student to go on from there."
+        )
+
+
+def _experts(config: Any, family: Family) -> tuple[Experts | None, ...]:
+    keys = family.experts
+    if keys is None:
+        return ()
+    found = Experts(
+        count=int(getattr(config, keys.count_key)),
+        width=int(getattr(config, keys.width_key)),
+        top_k=int(config.num_experts_per_tok),
+        normalized=keys.normalizes == "always" or bool(config.norm_topk_prob),
+        shared=keys.shared_width_key is not None,
+    )
+    if not keys.in_some_layers:
+        return (found,) * int(config.num_hidden_layers)
+    dense, step = set(config.mlp_only_layers or ()), int(config.decoder_sparse_step)
+    return tuple(
+        None if layer in dense or (layer + 1) % step else found for layer in range(int(config.num_hidden_layers))
     )
 
 
 def _traits(config: Any, family: Family) -> Traits:
-    attention_bias = bool(getattr(config, "attention_bias", False))
+    attention_bias = bool(getattr(config, family.qkv_bias_key, False))
     scale_over = getattr(config, family.attention_scale_key) if family.attention_scale_key else head_dim_of(config)
     return Traits(
         activation=str(getattr(config, family.activation_key)),

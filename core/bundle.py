@@ -1,9 +1,9 @@
 """A model with its tokenizer, anatomy and lineage: what every step takes and returns.
 
 On disk a bundle is a plain Hugging Face folder (config.json, generation_config.json, model.safetensors, tokenizer
-files) plus `lineage.json`, so stock transformers loads it. In memory it computes in float32, whatever the checkpoint
-stores; `storage_dtype` remembers that, and `stored_dtype_rounded()` makes the model in memory equal to its file, so
-that what was measured is what ships.
+files) plus `lineage.json` and, where the vocabulary was cut, `vocabulary_map.json`; stock transformers loads it. In
+memory it computes in float32, whatever the checkpoint stores; `storage_dtype` remembers that, and
+`stored_dtype_rounded()` makes the model in memory equal to its file, so that what was measured is what ships.
 
 Why not `save_pretrained`: it needs the model to have been loaded by a quantizer to write packed weights, validates the
 generation config of other people's models, and leaves half a folder when killed.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ import torch
 from dwindle.anatomy import Anatomy, anatomy_of, check_model
 from dwindle.checkpoint_files import read_config
 from dwindle.errors import GateFailed, OutputError, offenders
+from dwindle.experts import name_expert_count, stored_layout
 from dwindle.lineage import LINEAGE_FILE, Lineage
 from dwindle.model_source import (
     find_folder,
@@ -36,13 +37,14 @@ from dwindle.model_source import (
 from dwindle.report import Measurement
 from dwindle.storage import atomic_folder, hash_file, hash_json, require_space, write_json
 from dwindle.tokenizer_files import load_tokenizer, name_generic_tokenizer, tokenizer_sha256
+from dwindle.vocabulary_map import VocabularyMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dwindle.weights import AffineWeight, PalettizedWeight
 
-__all__ = ["ModelBundle", "lineage_of", "require_model_place"]
+__all__ = ["ModelBundle", "lineage_of", "not_storable", "require_model_place"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -64,6 +66,8 @@ class ModelBundle:
     lineage: Lineage
     storage_dtype: torch.dtype
     """Type its float tensors are stored in: float32, float16 or bfloat16."""
+    vocabulary_map: VocabularyMap | None = None
+    """Where its vocabulary was cut: which token of the full one each of its tokens is."""
 
     @classmethod
     def load(
@@ -87,7 +91,8 @@ class ModelBundle:
             check_model(model, anatomy)
         named = folder.resolve().name if revision is None else str(path_or_id)
         lineage = lineage_of(folder, files.files, named, revision)
-        return cls(model.to(torch_device), tokenizer, anatomy, lineage, _DTYPES[stored])
+        mapped = VocabularyMap.read(folder)
+        return cls(model.to(torch_device), tokenizer, anatomy, lineage, _DTYPES[stored], mapped)
 
     @classmethod
     def from_model(
@@ -135,14 +140,14 @@ class ModelBundle:
                         broken.append(name)
                     parameter.copy_(rounded)
         if broken:
-            raise GateFailed(
-                f"{len(broken)} tensors do not fit into {self.storage_dtype}: {offenders(broken)}. They hold NaN or "
-                "values out of its range; lower the learning rate, or start from a checkpoint stored in bfloat16."
-            )
+            raise not_storable(broken, self.storage_dtype)
         return self
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of model.safetensors: floats in `storage_dtype`, codes as they are, a tied head once."""
+        """Return the tensors of model.safetensors: floats in `storage_dtype`, codes as they are, a tied head once.
+
+        Experts stand under the names of files (`dwindle.experts`), as views of the model's.
+        """
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tensors = {}
         for name, tensor in self.model.state_dict().items():
@@ -150,7 +155,7 @@ class ModelBundle:
                 continue
             rounded = name in parameters and tensor.is_floating_point()
             tensors[name] = (tensor.to(self.storage_dtype) if rounded else tensor).detach().cpu().contiguous()
-        return tensors
+        return stored_layout(self.anatomy, tensors)
 
     def config_json(self) -> dict[str, Any]:
         """Return the object of config.json, readable by transformers 4.57 and 5.x alike."""
@@ -158,6 +163,7 @@ class ModelBundle:
         raw.pop("_name_or_path", None)
         raw.pop("torch_dtype", None)
         dtype = str(self.storage_dtype).removeprefix("torch.")
+        raw = name_expert_count(raw)
         return {**raw, **separate_rope(raw), "architectures": [type(self.model).__name__], "dtype": dtype}
 
     def save(self, folder: str | Path) -> None:
@@ -179,7 +185,7 @@ class ModelBundle:
         _log.info("saved %s", folder)
 
     def write_description(self, folder: Path) -> None:
-        """Write all files but the weights into a folder: configs, tokenizer, lineage."""
+        """Write all files but the weights into a folder: configs, tokenizer, lineage, the map of a cut vocabulary."""
         with quiet_transformers():
             write_json(folder / "config.json", self.config_json())
             if self.model.generation_config is not None:
@@ -187,6 +193,8 @@ class ModelBundle:
             self.tokenizer.save_pretrained(folder)
             name_generic_tokenizer(folder)
             self.lineage.write(folder)
+            if self.vocabulary_map is not None:
+                self.vocabulary_map.write(folder)
 
     @property
     def content_sha256(self) -> str:
@@ -204,12 +212,12 @@ class ModelBundle:
         from dwindle.weights import spec_bits
 
         bits: dict[str, tuple[int, int]] = {
-            f"{name}.weight": (spec["shape"][0] * spec["shape"][1], spec_bits(spec))
+            f"{_without_adapter(name)}.weight": (spec["shape"][0] * spec["shape"][1], spec_bits(spec))
             for name, spec in packed_specs(self.model).items()
         }
         width = torch.finfo(self.storage_dtype).bits
         for name, parameter in self.model.named_parameters():
-            bits.setdefault(name, (parameter.numel(), parameter.numel() * width))
+            bits.setdefault(_without_adapter(name), (parameter.numel(), parameter.numel() * width))
         linears = {f"{name}.weight" for name in self.anatomy.linear_names()}
         ends = {f"{self.anatomy.embedding}.weight", f"{self.anatomy.head}.weight"}
         parameters, stored = (sum(column) for column in zip(*bits.values(), strict=True))
@@ -220,6 +228,11 @@ class ModelBundle:
             bits_per_weight_linear=_bits_per_weight(bits, linears),
             bits_per_weight_embedding=_bits_per_weight(bits, ends),
         )
+
+
+def _without_adapter(name: str) -> str:
+    """Return the name that a tensor has in the model without the adapter that PEFT put around its module."""
+    return name.replace(".base_layer", "")
 
 
 def _bits_per_weight(bits: Mapping[str, tuple[int, int]], names: set[str]) -> float:
@@ -234,6 +247,14 @@ def lineage_of(folder: Path, weight_files: Iterable[str], name: str, revision: s
     names = {*(p.name for p in folder.glob("*.json")), *weight_files, "tokenizer.model"}
     hashes = {file: hash_file(folder / file) for file in sorted(names) if (folder / file).is_file()}
     return Lineage.origin(name, hashes, **({} if revision is None else {"revision": revision}))
+
+
+def not_storable(names: Sequence[str], dtype: torch.dtype) -> GateFailed:
+    """Return the error for tensors that are NaN, or lie outside the range of the type they are to be stored in."""
+    return GateFailed(
+        f"{len(names)} tensors do not fit into {dtype}: {offenders(names)}. They hold NaN or "
+        "values out of its range; lower the learning rate, or start from a checkpoint stored in bfloat16."
+    )
 
 
 def require_model_place(folder: Path) -> None:

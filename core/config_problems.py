@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from dwindle.families import Family, family_of
 
@@ -41,6 +41,7 @@ def shape_problems(config: Any) -> list[str]:
         problems += _ratio_problems(config, family)
     problems += _layer_problems(config, family)
     problems += _value_problems(config, family)
+    problems += _expert_problems(config, family)
     return problems
 
 
@@ -60,6 +61,8 @@ def _ratio_problems(config: Any, family: Family) -> Iterator[str]:
         yield f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
     if width % heads and (family.width_divides_into_heads or not getattr(config, "head_dim", None)):
         yield f"hidden_size={width} is no multiple of num_attention_heads={heads}"
+    if family.heads_fill_width and heads * head_dim_of(config) != width:
+        yield f"hidden_size={width} is not num_attention_heads={heads} times head_dim={head_dim_of(config)}"
     if head_dim_of(config) % 2:
         yield f"head_dim={head_dim_of(config)} is odd; rotary embeddings turn pairs"
 
@@ -93,7 +96,7 @@ def _value_problems(config: Any, family: Family) -> Iterator[str]:
     share = getattr(config, "partial_rotary_factor", None)
     if share is not None and (not _is_positive(share) or share > 1):
         yield f"partial_rotary_factor={share!r} is not a share above 0 and up to 1"
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "norm_topk_prob"):
         value = getattr(config, key, False)
         if not isinstance(value, bool):
             yield f"{key}={value!r} is neither true nor false"
@@ -103,7 +106,29 @@ def _value_problems(config: Any, family: Family) -> Iterator[str]:
         yield "use_bidirectional_attention makes an encoder of the decoder"
 
 
-def _is_whole(value: object, least: int) -> bool:
+def _expert_problems(config: Any, family: Family) -> Iterator[str]:
+    keys = family.experts
+    if keys is None:
+        return
+    shared = [keys.shared_width_key] if keys.shared_width_key else []
+    for key in (keys.count_key, keys.width_key, *shared, "num_experts_per_tok"):
+        value = getattr(config, key, None)
+        if not _is_whole(value, 1) or value > _LARGEST["intermediate_size"]:
+            yield f"{key}={value!r} is not a whole number from 1 to {_LARGEST['intermediate_size']:,}"
+    count, chosen = getattr(config, keys.count_key, None), getattr(config, "num_experts_per_tok", None)
+    if _is_whole(count, 1) and _is_whole(chosen, 1) and chosen > count:
+        yield f"num_experts_per_tok={chosen} of {keys.count_key}={count}"
+    if keys.in_some_layers:
+        step, dense = getattr(config, "decoder_sparse_step", None), getattr(config, "mlp_only_layers", None)
+        if not _is_whole(step, 1):
+            yield f"decoder_sparse_step={step!r} is not a whole number above 0"
+        if not isinstance(dense or [], list | tuple) or not all(_is_whole(layer, 0) for layer in dense or []):
+            yield f"mlp_only_layers={dense!r} is no list of layers"
+    if family.windows == "none" and getattr(config, "use_sliding_window", False):
+        yield "use_sliding_window gives other layers a window in transformers 4.57 than in 5"
+
+
+def _is_whole(value: object, least: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -54,12 +54,15 @@ def _slices(logits: Tensor) -> Iterator[slice]:
     yield from (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
 
 
-def mean_over_slices(logits: Tensor, slice_loss: Callable[[slice, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def mean_over_slices(
+    logits: Tensor, slice_loss: Callable[[slice, Tensor], tuple[Tensor, Tensor]], positions: int | None = None
+) -> Tensor:
     """Return the mean over N of summed losses over slices of logits [N, V], with its gradient attached.
 
     `slice_loss(rows, logits[rows])` returns the slice's summed loss and its gradient by those logits, in a buffer that
-    may be overwritten.
+    may be overwritten. `positions` is how many of the N count, if not all; with none the mean is 0.
     """
+    count = max(1, logits.shape[0] if positions is None else positions)
     with torch.no_grad():
         needed = logits.requires_grad
         gradient = torch.empty_like(logits) if needed else logits
@@ -68,8 +71,8 @@ def mean_over_slices(logits: Tensor, slice_loss: Callable[[slice, Tensor], tuple
             value, slope = slice_loss(rows, _wide(logits[rows]))
             total += value
             if needed:
-                gradient[rows] = slope.div_(logits.shape[0])
-        mean = (total / logits.shape[0]).to(_wide(logits[:0]).dtype)
+                gradient[rows] = slope.div_(count)
+        mean = (total / count).to(_wide(logits[:0]).dtype)
     attached: Tensor = _WithGradient.apply(logits, mean, gradient) if needed else mean  # type: ignore[no-untyped-call]
     return attached
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from dwindle.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "Family", "NormLayout", "QKNorm", "Windows", "family_of"]
+__all__ = ["FAMILIES", "MIXTURES", "ExpertKeys", "Family", "NormLayout", "QKNorm", "Windows", "family_of"]
 
 NormLayout = Literal["pre", "sandwich", "post"]
 """Where the norms of a layer stand: before each half, before and after, or after only."""
@@ -21,6 +21,25 @@ QKNorm = Literal["none", "head", "full"]
 """Queries and keys are not normalized, per head (over head_dim), or over all heads at once."""
 Windows = Literal["none", "all", "layer_types"]
 """Which layers attend to a sliding window: none, all (if config.sliding_window is set), or those in layer_types."""
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """What a family calls its mixture of experts, in checkpoint files and in its config; the defaults are Qwen's."""
+
+    block: str = "mlp"
+    """The part of a layer that holds the router (`gate`) and `experts`."""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    count_key: str = "num_experts"
+    width_key: str = "moe_intermediate_size"
+    shared_width_key: str | None = None
+    """Config key of the width of `shared_expert`, which every token passes; None: there is none."""
+    normalizes: Literal["always", "config"] = "config"
+    """The weights of the chosen experts are divided by their sum; "config" reads `norm_topk_prob`."""
+    in_some_layers: bool = True
+    """`decoder_sparse_step` and `mlp_only_layers` say which layers have experts; the others have a plain FFN."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,8 @@ class Family:
     fused: bool = False
     """q, k and v are one linear (`qkv_proj`), gate and up another (`gate_up_proj`)."""
     qkv_bias: Literal["never", "always", "config"] = "config"
-    """Bias of q, k and v; "config" reads `attention_bias`."""
+    """Bias of q, k and v; "config" reads `qkv_bias_key`."""
+    qkv_bias_key: str = "attention_bias"
     output_bias: Literal["never", "config"] = "config"
     """Bias of o."""
     mlp_bias: Literal["never", "config"] = "never"
@@ -55,6 +75,10 @@ class Family:
     """Layers with a 0 in `no_rope_layers` have no positions at all."""
     width_divides_into_heads: bool = False
     """transformers 5 refuses a width that is no multiple of the number of heads, whatever head_dim says."""
+    heads_fill_width: bool = False
+    """transformers 4.57 refuses a width other than heads times head_dim."""
+    experts: ExpertKeys | None = None
+    """The FFN is a mixture of experts."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -76,14 +100,31 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(mlp_bias="config", windows="layer_types", skips_rope=True),
     "olmo2": Family(norm_layout="post", qk_norm="full"),
 }  # fmt: skip
+"""The dense families: every step carries them."""
+
+MIXTURES: dict[str, Family] = {
+    "mixtral": Family(
+        qkv_bias="never", output_bias="never", windows="all",
+        experts=ExpertKeys(block="block_sparse_moe", gate="w1", up="w3", down="w2", count_key="num_local_experts",
+                           width_key="intermediate_size", normalizes="always", in_some_layers=False),
+    ),
+    "qwen2_moe": Family(
+        qkv_bias_key="qkv_bias", output_bias="never", heads_fill_width=True,
+        experts=ExpertKeys(shared_width_key="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(qk_norm="head", windows="all", experts=ExpertKeys()),
+}  # fmt: skip
+"""The families with mixtures of experts: they are pruned, distilled and measured; `anatomy.require_dense` guards the
+steps that do not carry them. Sliding windows of qwen2_moe are refused: 4.57 and 5 give them to different layers."""
 
 
 def family_of(model_type: object) -> Family:
     """Return the table's row, or raise UnsupportedModel with the nearest and all supported names."""
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+    known = {**FAMILIES, **MIXTURES}
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(str(model_type), known, n=1)
     hint = f" The nearest supported one is {near[0]}." if near else ""
     raise UnsupportedModel(
-        f"model family {model_type!r} is not supported.{hint} Supported: {', '.join(sorted(FAMILIES))}."
+        f"model family {model_type!r} is not supported.{hint} Supported: {', '.join(sorted(known))}."
     )

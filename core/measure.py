@@ -11,6 +11,11 @@ token but the first is predicted exactly once, S - 1 predictions in all:
 
 Log-probabilities are fp32, as the models are; sums over positions are kept in float64.
 
+A model whose vocabulary was cut reads the text in its own tokens, more of them where it lost some. Nats/token then
+count other tokens than the full model's: bits/byte compare the two. A full teacher reads the same tokens by their old
+ids, and KL and agreement are over the kept ones: p is the teacher's distribution given that the next token is one of
+them (`vocabulary_map`).
+
 Memory: the vocabulary is the large axis (T = 8192, V = 152k would be 5 GB of logits per window). The decoder's last
 hidden state is taken whole, head and softmax run on slices of at most 64 MiB of logits. Peak above the models: the
 activations of `batch_tokens` tokens plus about six slices (0.4 GB). The teacher's hidden states are kept from one
@@ -31,6 +36,7 @@ from dwindle.errors import DataError, RecipeError, UnsupportedModel
 from dwindle.report import Measurement
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import require_tokenizer
+from dwindle.vocabulary_map import VocabularyMap, map_between
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -56,42 +62,50 @@ class Quality:
     """Predictions made."""
 
 
-def logit_slices(bundle: ModelBundle) -> LogitSlices:
-    """Return the function that gives a bundle's logits slice by slice, never [B, T, V] at once."""
-    return lambda ids, n: _head_slices(bundle, _hidden(bundle, ids), n)
+def logit_slices(bundle: ModelBundle, mapped: VocabularyMap | None = None) -> LogitSlices:
+    """Return the function that gives a bundle's logits slice by slice, never [B, T, V] at once.
+
+    With `mapped` the ids are those of a pruned vocabulary, and so are the logits: the full model's at the kept ids.
+    """
+    return lambda ids, n: _head_slices(bundle, _hidden(bundle, ids, mapped), n, mapped)
 
 
-def _hidden(bundle: ModelBundle, ids: Tensor) -> Tensor:
+def _hidden(bundle: ModelBundle, ids: Tensor, mapped: VocabularyMap | None) -> Tensor:
     """Return the decoder's last hidden states [B * T, D].
 
     The mask of ones says that nothing is padded: without it transformers builds one against packed sequences, and
     attention pays for the masked half as well (a tenth of a training step).
     """
     ids = ids.to(bundle.model.device)
+    if mapped is not None:
+        ids = mapped.old_ids(ids)
     states = bundle.model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     found: Tensor = states.last_hidden_state.flatten(0, 1)
     return found
 
 
-def _head_slices(bundle: ModelBundle, hidden: Tensor, n: int) -> Iterator[Tensor]:
+def _head_slices(bundle: ModelBundle, hidden: Tensor, n: int, mapped: VocabularyMap | None) -> Iterator[Tensor]:
     """Yield what follows the decoder in every family of the table: the head, then the soft cap where there is one."""
     head, cap = bundle.model.get_output_embeddings(), bundle.anatomy.traits.logit_softcap
     weight, bias = head.weight, getattr(head, "bias", None)  # a packed head is unpacked here, once for all slices
+    if mapped is not None:
+        rows = mapped.rows(weight.device)
+        weight, bias = weight[rows], None if bias is None else bias[rows]
     for part in torch.split(hidden, n):
         logits = torch.nn.functional.linear(part, weight, bias).float()
         yield logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _remembering(bundle: ModelBundle, states: list[Tensor]) -> LogitSlices:
+def _remembering(bundle: ModelBundle, states: list[Tensor], mapped: VocabularyMap | None) -> LogitSlices:
     """Return slices of a bundle that is called on the same batches in the same order for every measurement."""
     position = 0
 
     def slices(ids: Tensor, n: int) -> Iterator[Tensor]:
         nonlocal position
         if position == len(states):
-            states.append(_hidden(bundle, ids))
+            states.append(_hidden(bundle, ids, mapped))
         position += 1
-        yield from _head_slices(bundle, states[position - 1], n)
+        yield from _head_slices(bundle, states[position - 1], n, mapped)
 
     return slices
 
@@ -112,7 +126,7 @@ class Meter:
     """Measure the first so many tokens only; bits/byte is then None, because the bytes of a prefix of ids are not
     known here. `data.evaluation_set(..., max_tokens=...)` cuts text and ids together and keeps bits/byte."""
     _teacher_states: dict[int, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Hidden states of the teacher by window length."""
+    """Hidden states of the teacher by window length: the text's tokenizer, hence the map, is the same for all."""
 
     def __post_init__(self) -> None:
         self.evaluation.require("evaluation")
@@ -129,13 +143,13 @@ class Meter:
     def measure(self, bundle: ModelBundle) -> Measurement:
         """Return size and quality of a bundle.
 
-        Raises DataError if its tokenizer is not the evaluation set's, UnsupportedModel if the teacher's vocabulary has
-        another size, RecipeError if the window is longer than a context.
+        Raises DataError if its tokenizer is not the evaluation set's, UnsupportedModel if the teacher has another
+        vocabulary and no map leads to it, RecipeError if the window is longer than a context.
         """
         context = bundle.anatomy.context if self.context is None else self.context
-        self._check(bundle, context)
+        mapped = self._checked(bundle, context)
         same = self.teacher is not None and self.teacher.model is bundle.model
-        teacher = None if self.teacher is None or same else self._teacher_slices(self.teacher, context)
+        teacher = None if self.teacher is None or same else self._teacher_slices(self.teacher, context, mapped)
         models = [bundle.model] if teacher is None or self.teacher is None else [bundle.model, self.teacher.model]
         modes = [model.training for model in models]
         try:
@@ -181,10 +195,10 @@ class Meter:
             tokens=predictions,
         )
 
-    def _teacher_slices(self, teacher: ModelBundle, context: int) -> LogitSlices:
+    def _teacher_slices(self, teacher: ModelBundle, context: int, mapped: VocabularyMap | None) -> LogitSlices:
         if 4 * self.evaluation.tokens * teacher.anatomy.width > _REMEMBERED_BYTES:
-            return logit_slices(teacher)
-        return _remembering(teacher, self._teacher_states.setdefault(context, []))
+            return logit_slices(teacher, mapped)
+        return _remembering(teacher, self._teacher_states.setdefault(context, []), mapped)
 
     def _batches(self, context: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (inputs [B, T], targets [B, T]) over all windows; the last, shorter window comes alone."""
@@ -197,7 +211,8 @@ class Meter:
         if whole < len(ids) - 1:
             yield ids[None, whole:-1], ids[None, whole + 1 :]
 
-    def _check(self, bundle: ModelBundle, context: int) -> None:
+    def _checked(self, bundle: ModelBundle, context: int) -> VocabularyMap | None:
+        """Return the map to the teacher's vocabulary, None where there is one; raise for what cannot be measured."""
         require_tokenizer(self.evaluation, bundle.tokenizer)
         named = [("model", bundle)] + ([("teacher", self.teacher)] if self.teacher is not None else [])
         short = [f"{name} has {b.anatomy.context:,}" for name, b in named if b.anatomy.context < context]
@@ -206,12 +221,12 @@ class Meter:
                 f"meter: windows of {context:,} tokens are longer than the context ({', '.join(short)}). "
                 f"Set data.context={min(b.anatomy.context for _, b in named)}."
             )
-        if self.teacher is not None and self.teacher.anatomy.vocab != bundle.anatomy.vocab:
-            raise UnsupportedModel(
-                f"meter: the teacher's vocabulary has {self.teacher.anatomy.vocab:,} entries, the model's "
-                f"{bundle.anatomy.vocab:,}; KL needs one vocabulary. Measure without a teacher, or choose a teacher "
-                "of the same family."
-            )
+        if self.teacher is None:
+            return None
+        try:
+            return map_between(self.teacher, bundle)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"meter: {error} Or measure without a teacher.") from error
 
 
 def _nats(log_q: Tensor, targets: Tensor) -> Tensor:

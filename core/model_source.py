@@ -20,6 +20,7 @@ import torch
 from dwindle.anatomy import anatomy_of, family_of
 from dwindle.checkpoint_files import CheckpointFiles, inspect_checkpoint, read_config
 from dwindle.errors import UnsupportedModel, offenders
+from dwindle.experts import name_expert_count, stored_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -148,6 +149,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         if int(transformers.__version__.split(".")[0]) < 5:
             raw = separate_rope(raw)
+        raw = name_expert_count(raw)
         for key in ("_name_or_path", "auto_map", "dtype", "torch_dtype"):
             raw.pop(key, None)
         with quiet_transformers():
@@ -221,7 +223,8 @@ def compare_tensors(folder: Path, config: PretrainedConfig, files: CheckpointFil
 
         with torch.device("meta"):
             replace_modules(built, packed)
-    needed = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    layout = stored_layout(anatomy_of(config), built.state_dict())
+    needed = {name: tuple(tensor.shape) for name, tensor in layout.items()}
     found = {name: tensor.shape for name, tensor in files.tensors.items() if not _HARMLESS_EXTRA.fullmatch(name)}
     if config.tie_word_embeddings and _HEAD not in found:
         needed.pop(_HEAD, None)

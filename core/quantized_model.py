@@ -125,8 +125,28 @@ class QuantizedLinear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., O] for x [..., I], in the dtype of x."""
+        """Return [..., O] for x [..., I], in the dtype of x; a backward pass rebuilds the weight and keeps none."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _PackedProduct.apply(x, self.bias, self))  # type: ignore[no-untyped-call]
         return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x W^T + b whose backward pass unpacks W again: what trains on packed codes never holds two dense layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        """Return [..., O]; of the layer only a reference is kept."""
+        ctx.layer, ctx.type, ctx.has_bias = layer, x.dtype, bias is not None
+        return F.linear(x, layer.weight.to(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of x and of the bias."""
+        x = (outer @ ctx.layer.weight.to(outer.dtype)).to(ctx.type) if ctx.needs_input_grad[0] else None
+        bias = outer.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
+        return x, bias, None
 
 
 class QuantizedEmbedding(PackedModule):

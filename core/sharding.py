@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Processes", "Sharded", "repeated_layers", "whole"]
+__all__ = ["Processes", "Sharded", "repeated_layers", "sharded_reader", "whole"]
 
 _T = TypeVar("_T")
 
@@ -86,6 +86,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_reader(plain: nn.Module, processes: Processes) -> nn.Module:
+    """Return a module that only reads: `plain` itself in one process, a sharded twin of it in several.
+
+    Each process holds 1/n of the twin's weights and gathers a layer at a time. Those outside the layers stay gathered
+    from the twin's forward pass on, so that a head can be read after it. `plain` waits on the CPU, whole.
+    """
+    if processes.world == 1:
+        return plain
+    device = next(plain.parameters()).device
+    if device.type == "cuda":
+        plain.to(torch.device("cuda", torch.cuda.current_device()))
+    twin = copy.deepcopy(plain, {id(p): p for p in plain.parameters()}).eval().requires_grad_(False)
+    _shard(twin, processes, keeps_root=True)
+    if device.type == "cuda":
+        plain.to("cpu")
+    return twin
+
+
+def _shard(module: nn.Module, processes: Processes, *, keeps_root: bool = False) -> None:
+    mesh = init_device_mesh(next(module.parameters()).device.type, (processes.world,))
+    for layer in repeated_layers(module):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False if keeps_root else None)
+
+
 class Sharded:
     """The module to train: `plain` itself in one process, a sharded twin of it in several."""
 
@@ -102,10 +127,7 @@ class Sharded:
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._plain.to(self._device)
         twin = copy.deepcopy(self._plain, {id(p): p for p in self._plain.parameters()})
-        mesh = init_device_mesh(self._device.type, (processes.world,))
-        for layer in repeated_layers(twin):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(twin, mesh=mesh)
+        _shard(twin, processes)
         if self._device.type == "cuda":
             self._plain.to("cpu")
         return twin

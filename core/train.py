@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,16 @@ from dwindle.train_guard import require_finite, require_no_divergence
 from dwindle.train_log import RunProgress, TrainLine, TrainResult, append_line, cut_log
 from dwindle.train_options import TrainOptions
 
-__all__ = ["Evaluate", "NextToken", "Objective", "TrainLine", "TrainOptions", "TrainResult", "train"]
+__all__ = [
+    "Evaluate",
+    "NextToken",
+    "Objective",
+    "SteppedObjective",
+    "TrainLine",
+    "TrainOptions",
+    "TrainResult",
+    "train",
+]
 
 
 class Objective(Protocol):
@@ -61,8 +70,18 @@ class Objective(Protocol):
         ...
 
 
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
-"""Measures a model in training: named numbers. Under `torchrun` it must call the model as a whole, in every process."""
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+"""Measures a model in training after so many steps: named numbers. Under `torchrun` it must call the model as a whole,
+in every process."""
+
+
+@runtime_checkable
+class SteppedObjective(Objective, Protocol):
+    """An objective that changes over the run."""
+
+    def at(self, step: int, steps: int) -> Objective:
+        """Return the objective of optimizer step `step` (0-based) of `steps`: a pure function, so a run can resume."""
+        ...
 
 
 class NextToken:
@@ -118,6 +137,9 @@ class _Run:
     def gradients(self, step: int) -> tuple[float, dict[str, float]]:
         """Add the gradient of step `step`'s batch to the weights; return its mean loss and parts."""
         options, rank, world = self.options, self.processes.rank, self.processes.world
+        objective = self.objective
+        if isinstance(objective, SteppedObjective):
+            objective = objective.at(step, self.steps)
         windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
         pieces = windows.view(options.gradient_accumulation, world, -1)[:, rank]
         total, parts = 0.0, dict[str, float]()
@@ -125,7 +147,7 @@ class _Run:
             torch.manual_seed(mixed_seed(options.seed, step, index * world + rank))
             batch = self.tokens.ids[piece].to(self.device, torch.long)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                loss, named = self.objective.loss(self.model, batch)
+                loss, named = objective.loss(self.model, batch)
             (loss / len(pieces)).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / len(pieces)
             for name, value in named.items():
@@ -146,13 +168,13 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, parts, rate, norm
 
-    def evaluation(self, evaluate: Evaluate) -> dict[str, float]:
+    def evaluation(self, evaluate: Evaluate, step: int) -> dict[str, float]:
         """Return what `evaluate` says of the model as it is now; training mode comes back."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with torch.no_grad():
-                return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model).items()}
+                return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model, step).items()}
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -238,7 +260,7 @@ def _loop(
             require_no_divergence(progress, run.options)
         if closes:
             due = evaluate is not None and (last or progress.evaluation_due(run.options.evaluate_every))
-            line = progress.close_line(now, run.evaluation(evaluate) if due and evaluate else None)
+            line = progress.close_line(now, run.evaluation(evaluate, progress.step) if due and evaluate else None)
             for listener in line_listeners:
                 listener(line)
         if checkpoints is not None and saves:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dwindle.data.options import DataOptions
-from dwindle.data.token_sets import TokenSets, build_token_sets, calibration_set, evaluation_set, training_set
+from dwindle.data.token_sets import (
+    TokenSets,
+    build_token_sets,
+    calibration_set,
+    evaluation_set,
+    training_set,
+    training_texts,
+)
 
-__all__ = ["DataOptions", "TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set"]
+__all__ = ["DataOptions", "TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set",
+           "training_texts"]  # fmt: skip

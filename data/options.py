@@ -31,13 +31,23 @@ class DataOptions:
     """Evaluate on the first so many tokens; None is the whole text."""
     train_tokens: int | None = None
     """Read at most about this much training data; None is all of it."""
+    weights: tuple[float, ...] | None = None
+    """Shares of the places of `train` in the tokens trained on, in their order; None takes all there is of each."""
+    most_repeats: int = 1
+    """With weights: how often a place may be gone through where it is too small for its share."""
     seed: int = 0
     """Order of the windows and choice of the calibration documents."""
 
     def __post_init__(self) -> None:
         places = (self.train,) if isinstance(self.train, str) else tuple(self.train)
         object.__setattr__(self, "train", places)
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
         wrong = []
+        if self.weights is not None and (len(self.weights) != len(places) or not all(w > 0 for w in self.weights)):
+            wrong.append(f"weights={list(self.weights)!r} (needed: a number above 0 for each of {len(places)} places)")
+        if not self.most_repeats >= 1:
+            wrong.append(f"most_repeats={self.most_repeats!r} (needed: a whole number of at least 1)")
         if not places or not all(isinstance(place, str) and place for place in places):
             wrong.append(f"train={list(places)!r} (needed: at least one file, folder or data set)")
         wrong += [

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dwindle.data.mixture import chosen_windows, counts_of_shares
 from dwindle.data.sources import Document
 from dwindle.errors import DataError
 from dwindle.token_set import Role, TokenSet
@@ -34,7 +35,7 @@ from dwindle.tokenization import adds_bos, encode, encode_plain, encode_prefix, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["document_sha256", "joined_text", "pack", "pack_evaluation"]
+__all__ = ["document_sha256", "joined_text", "pack", "pack_evaluation", "pack_mixture"]
 
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 22
@@ -86,10 +87,41 @@ def pack(
     return _token_set(cut[order], role, documents, tokenizer)
 
 
-def pack_evaluation(
-    text: str, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+def pack_mixture(
+    groups: Sequence[Sequence[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Sequence[float],
+    most_repeats: int,
+    context: int,
+    seed: int,
+    windows: int | None = None,
 ) -> TokenSet:
-    """Return the evaluation set of a text: one row. `max_tokens` cuts ids and text together, so bytes stay exact."""
+    """Return shuffled training windows in which each group has its share, whatever its size (see `mixture`).
+
+    Raises DataError if a group is shorter than one window.
+    """
+    sets = [pack(group, tokenizer, role="train", context=context, seed=seed) for group in groups]
+    available = [len(one.ids) for one in sets]
+    chosen = chosen_windows(available, counts_of_shares(available, weights, most_repeats), seed)[:windows]
+    documents = [document for group in groups for document in group]
+    return _token_set(torch.cat([one.ids for one in sets])[chosen], "train", documents, tokenizer)
+
+
+def pack_evaluation(
+    text: str,
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    counted_by: PreTrainedTokenizerBase | None = None,
+) -> TokenSet:
+    """Return the evaluation set of a text: one row. `max_tokens` cuts ids and text together, so bytes stay exact.
+
+    With `counted_by` these are another tokenizer's tokens: the set is the whole of the text that has so many of them.
+    """
+    if counted_by is not None and max_tokens is not None:
+        text = text.encode()[: encode_prefix(counted_by, text, max_tokens)[1]].decode()
+        max_tokens = None
     if max_tokens is None:
         ids, text_bytes = encode(tokenizer, text), len(text.encode())
     else:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dwindle.data.options import DataOptions
-from dwindle.data.packing import document_sha256, joined_text, pack, pack_evaluation
+from dwindle.data.packing import document_sha256, joined_text, pack, pack_evaluation, pack_mixture
 from dwindle.data.sources import Document, Source, check_sources, is_plain_text, read_documents, read_text
 from dwindle.errors import DataError
 from dwindle.token_set import TokenSet, require_disjoint
@@ -26,7 +26,8 @@ from dwindle.tokenization import encode_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set"]
+__all__ = ["TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set",
+           "training_texts"]  # fmt: skip
 
 _LOG = logging.getLogger("dwindle")
 
@@ -49,8 +50,18 @@ class TokenSets:
     gives the same set again."""
 
 
-def build_token_sets(options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int) -> TokenSets:
-    """Return the three sets; `context` is the model's. Raises DataError for unusable, shared or too little data."""
+def build_token_sets(
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    counted_by: PreTrainedTokenizerBase | None = None,
+) -> TokenSets:
+    """Return the three sets; `context` is the model's. Raises DataError for unusable, shared or too little data.
+
+    `counted_by` is the tokenizer by which the text is divided among the roles, if not `tokenizer`: with it the sets of
+    a model with a pruned vocabulary hold the very documents that those of the full model do.
+    """
     roles = {"train": options.train, "calibration": options.calibration, "evaluation": options.evaluation}
     places = {role: (p,) if isinstance(p, str) else p for role, p in roles.items() if p is not None}
     check_sources([place for found in places.values() for place in found], options.text_column)
@@ -61,13 +72,12 @@ def build_token_sets(options: DataOptions, tokenizer: PreTrainedTokenizerBase, c
     if options.evaluation is None:
         train, held_out = _hold_out_tail(train, options.evaluation_share)
         held_out_text = joined_text(held_out)
-        evaluation = pack_evaluation(held_out_text, held_out, tokenizer, options.evaluation_tokens)
+        evaluation = pack_evaluation(held_out_text, held_out, tokenizer, options.evaluation_tokens, counted_by)
     else:
-        evaluation = evaluation_set(
-            options.evaluation, tokenizer, text_column=options.text_column, max_tokens=options.evaluation_tokens
-        )
+        evaluation = evaluation_set(options.evaluation, tokenizer, text_column=options.text_column,
+                                    max_tokens=options.evaluation_tokens, counted_by=counted_by)  # fmt: skip
     if options.calibration is None:
-        train, drawn = _draw(train, options.calibration_windows * window, tokenizer, options.seed)
+        train, drawn = _draw(train, options.calibration_windows * window, counted_by or tokenizer, options.seed)
     else:
         drawn = _documents([options.calibration], options.text_column, None)
     calibration = pack(drawn, tokenizer, role="calibration", context=window, seed=options.seed,
@@ -75,16 +85,22 @@ def build_token_sets(options: DataOptions, tokenizer: PreTrainedTokenizerBase, c
     if len(calibration.ids) < options.calibration_windows:
         _LOG.warning("calibration: %d windows instead of %d: there is no more text for it",
                      len(calibration.ids), options.calibration_windows)  # fmt: skip
-    sets = TokenSets(_pack_training(train, tokenizer, window, options), calibration, evaluation, held_out_text)
+    taken = calibration.document_sha256 | evaluation.document_sha256
+    sets = TokenSets(_pack_training(train, tokenizer, window, options, taken), calibration, evaluation, held_out_text)
     require_disjoint(sets.train, sets.calibration, sets.evaluation)
     return sets
 
 
-def training_set(options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int) -> TokenSet:
-    """Return a training set of all that `options.train` names, nothing held out."""
+def training_set(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int, *, apart_from: Iterable[TokenSet] = ()
+) -> TokenSet:
+    """Return a training set of all that `options.train` names, but for the documents of other sets."""
     check_sources(options.train, options.text_column)
-    documents = _documents(options.train, options.text_column, options.train_tokens)
-    return _pack_training(documents, tokenizer, _window(options, context), options)
+    taken = frozenset[str]().union(*(one.document_sha256 for one in apart_from))
+    documents = _without(_documents(options.train, options.text_column, options.train_tokens), taken)
+    if not documents:
+        raise DataError(f"{', '.join(options.train)}: all of it serves calibration or evaluation. Add data.")
+    return _pack_training(documents, tokenizer, _window(options, context), options, taken)
 
 
 def calibration_set(options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int) -> TokenSet:
@@ -102,13 +118,24 @@ def evaluation_set(
     *,
     text_column: str = DataOptions.text_column,
     max_tokens: int | None = None,
+    counted_by: PreTrainedTokenizerBase | None = None,
 ) -> TokenSet:
-    """Return the evaluation set of a place: a text file exactly as it is, or documents with an empty line between."""
+    """Return the evaluation set of a place: a text file exactly as it is, or documents with an empty line between.
+
+    `counted_by` is the tokenizer that `max_tokens` counts by, if not `tokenizer`.
+    """
     check_sources([str(place)], text_column)
     documents = _documents([str(place)], text_column, None)
     source = Source.parse(str(place), text_column)
     text = read_text(source.path) if is_plain_text(source.path) else joined_text(documents)
-    return pack_evaluation(text, documents, tokenizer, max_tokens)
+    return pack_evaluation(text, documents, tokenizer, max_tokens, counted_by)
+
+
+def training_texts(options: DataOptions) -> Iterator[str]:
+    """Yield the texts of all that `options.train` names, document by document."""
+    check_sources(options.train, options.text_column)
+    for place in options.train:
+        yield from (document.text for document in read_documents(place, options.text_column))
 
 
 def _window(options: DataOptions, context: int) -> int:
@@ -153,13 +180,26 @@ def _documents(places: Iterable[str], column: str, tokens: int | None) -> list[D
 
 
 def _pack_training(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, window: int, options: DataOptions
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    options: DataOptions,
+    taken: Set[str] = frozenset(),
 ) -> TokenSet:
+    """Return the training windows of documents; with weights, those of the places without what is `taken`."""
     windows = None if options.train_tokens is None else max(1, options.train_tokens // window)
-    return pack(documents, tokenizer, role="train", context=window, seed=options.seed, windows=windows)
+    if options.weights is None:
+        return pack(documents, tokenizer, role="train", context=window, seed=options.seed, windows=windows)
+    groups = [_without(_documents([place], options.text_column, None), taken) for place in options.train]
+    empty = [place for place, group in zip(options.train, groups, strict=True) if not group]
+    if empty:
+        raise DataError(f"{', '.join(empty)}: all of it serves calibration or evaluation, and its weight asks for some "
+                        "in training. Add data, or name an evaluation text with data.evaluation.")  # fmt: skip
+    return pack_mixture(groups, tokenizer, weights=options.weights, most_repeats=options.most_repeats, context=window,
+                        seed=options.seed, windows=windows)  # fmt: skip
 
 
-def _without(documents: Sequence[Document], taken: set[str]) -> list[Document]:
+def _without(documents: Sequence[Document], taken: Set[str]) -> list[Document]:
     """Return the documents whose text is not taken; what followed a taken one does not continue anything any more."""
     kept: list[Document] = []
     gap = False

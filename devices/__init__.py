@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dwindle.devices.budgets import Budget, parse_budgets
-from dwindle.devices.cost_model import Estimate, estimate
+from dwindle.devices.calibration import Calibration, calibrate
+from dwindle.devices.cost_model import Estimate, LayerTime, estimate
 from dwindle.devices.device_profile import (
     DeviceProfile,
     add_profile,
@@ -18,12 +19,15 @@ from dwindle.devices.workload import LayerLoad, Workload
 __all__ = [
     "BenchOptions",
     "Budget",
+    "Calibration",
     "DeviceProfile",
     "Estimate",
     "LayerLoad",
+    "LayerTime",
     "ValidateOptions",
     "Workload",
     "add_profile",
+    "calibrate",
     "check_profile",
     "estimate",
     "junit",

@@ -2,16 +2,22 @@
 
 A roofline with one constant, per compute unit of the profile:
 
-    decode   seconds per token = (streamed weight bytes + KV bytes so far) / (share x bandwidth) + overhead
-    prefill  time to first token = max(2 N T / effective compute, streamed bytes / (share x bandwidth)) + overhead
+    weights  seconds per token = sum over layers of max(bytes / (share x bandwidth), 2 packed weights / decode compute)
+    decode   seconds per token = weights + KV bytes / (share x bandwidth) + overhead
+    prefill  time to first token = max((2 N T + 2 T^2 A) / effective compute, weights) + overhead
     memory   weights x copies + KV cache of the context x copies + logits of the prompt + fixed cost of the runtime
+    load     package / storage + weights x copies / (share x bandwidth) + widened bytes x 7 ns + fixed cost
 
-N is multiply-accumulates per token, T the prompt's length. Why so simple: at batch 1 a decoder reads every weight for
-every token and does two operations with it, so memory decides; published rates of phones, laptops and boards give
-shares of 0.4 to 0.85 of the peak that are steady within one kind of engine. The constant matters for small models:
-below some 100 MB of weights the overhead of 1 to 3 ms a token is most of the time, and such an estimate is only as
-good as the overhead. Attention's own operations (4 T^2 x width x layers) are left out: under 5 % of prefill while
-T < width / 4.
+N is multiply-accumulates per token, T the prompt's length, A the attention width (layers x heads x width of a head;
+causal scores and mixtures are 2 T^2 A operations). Why so simple: at batch 1 a decoder reads every weight for every
+token and does two operations with it, so memory decides; published rates of phones, laptops and boards give shares of
+0.4 to 0.9 of the peak that are steady within one kind of engine (`calibration.py` fits them and says how far off they
+are). Two things stand beside the bandwidth. A CPU that unpacks integers or palettes may be slower at that than at
+reading them: `decode compute` is a floor under every layer in such a format, where the profile has it. And the overhead
+matters for small models: below some 100 MB of weights it is most of the time, and such an estimate is only as good as
+the overhead. Decode's rate is the one right after the prompt: the cache holds the prompt's tokens, each read once, or
+three times by a runtime that copies the past into the present (`CACHE_READS`); a program of static shapes reads the
+whole context's cache for every token.
 
 A runtime that computes in float32 alone (ONNX Runtime's CPU kernels) turns 16-bit weights into float32 when it loads
 them: it then reads 4 bytes a weight (`READS_FLOAT32`).
@@ -40,11 +46,19 @@ from dataclasses import dataclass
 
 from dwindle.devices.device_profile import FLOAT_FORMATS, ComputeUnit, DeviceProfile
 from dwindle.devices.quantity import Side
-from dwindle.devices.workload import Workload
+from dwindle.devices.workload import LayerLoad, Workload
 from dwindle.errors import RecipeError, offenders
 from dwindle.report import Basis, Metric, Skipped
 
-__all__ = ["DEFAULT_PROMPT_TOKENS", "MEMORY_COSTS", "METRIC_UNITS", "Estimate", "MemoryCost", "estimate"]
+__all__ = [
+    "DEFAULT_PROMPT_TOKENS",
+    "MEMORY_COSTS",
+    "METRIC_UNITS",
+    "Estimate",
+    "LayerTime",
+    "MemoryCost",
+    "estimate",
+]
 
 DEFAULT_PROMPT_TOKENS = 128
 """Prompt length behind tokens/s and time to first token where nobody states another."""
@@ -53,12 +67,15 @@ METRIC_UNITS: Mapping[str, str] = {
     "tokens_per_second": "tokens/s",
     "tokens_per_second_sustained": "tokens/s",
     "time_to_first_token_seconds": "seconds",
+    "load_seconds": "seconds",
     "peak_memory_bytes": "bytes",
     "package_bytes": "bytes",
 }
 """Every metric a target can have, with its unit."""
 
 _OPPOSITE: Mapping[Side, Side] = {"low": "high", "value": "value", "high": "low"}
+_SLOWEST_LAST: tuple[Side, ...] = ("value", "high", "low")
+"""The order of a `LayerTime`: seconds, low, high."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +106,43 @@ UNMEASURED_MEMORY_COST = MemoryCost((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0
 READS_FLOAT32 = ("onnx",)
 """Runtimes that hold and read every float weight as float32, however it was stored."""
 
+CACHE_READS: Mapping[str, float] = {"onnx": 3.0}
+"""How often a token moves a byte of the cache, where not once: past read, present written, present read."""
+
+LOAD_SECONDS: tuple[float, float, float] = (0.02, 0.1, 0.5)
+"""What loading costs whatever the size: start of the runtime, its graph, its buffers. A judgement with a wide range."""
+
+
+WIDENING_SECONDS: tuple[float, float, float] = (2e-9, 7e-9, 20e-9)
+"""What turning 16-bit weights into float32 at load costs per byte they grow by. ONNX Runtime 1.31 on one core of a
+server took 2.5 s for 168 million weights; other machines are a judgement."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What one layer adds to a decoded token: seconds, and the range they may lie in."""
+
+    name: str
+    bytes: int
+    seconds: float
+    low: float
+    high: float
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """The metrics of one workload on one device by name, the runtime and unit they hold for, and what was skipped."""
+    """The metrics of one workload on one device by name, the runtime and unit they hold for, and what was skipped.
+
+    `layers` splits a decoded token: the weights layer by layer, then the cache and the overhead, which sum to it.
+    """
 
     metrics: Mapping[str, Metric]
     runtime: str | None
     unit: str | None
     skipped: tuple[Skipped, ...] = ()
+    layers: tuple[LayerTime, ...] = ()
+    cache: LayerTime | None = None
+    overhead: LayerTime | None = None
 
 
 def estimate(
@@ -124,14 +169,22 @@ def estimate(
         metrics = {name: Metric(name, None, unit, "estimated") for name, unit in METRIC_UNITS.items()}
         metrics["package_bytes"] = _package(workload)
         return Estimate(metrics, None, None, (Skipped(f"estimate for {profile.name}", refusal),))
-    unit_name = profile.runtimes[chosen].unit
+    machine = _Machine(profile, profile.compute_units[profile.runtimes[chosen].unit], CACHE_READS.get(chosen, 1.0))
     loaded = workload.with_float32_weights() if chosen in READS_FLOAT32 else workload
     weights = (workload.weight_bytes + loaded.weight_bytes) / 2
     prompt, memory = min(prompt_tokens, room), MEMORY_COSTS.get(chosen, UNMEASURED_MEMORY_COST)
-    timed = _timed(profile, profile.compute_units[unit_name], loaded, prompt)
+    cached = room if workload.static_shapes else prompt
+    timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, memory))
     ends = (_memory_bytes(workload, weights, memory, prompt, room, end) for end in range(3))
     held = _metric("peak_memory_bytes", *ends)
-    return Estimate({m.name: m for m in (*timed, held, _package(workload))}, chosen, unit_name)
+    return Estimate(
+        {m.name: m for m in (*timed, held, _package(workload))},
+        chosen,
+        profile.runtimes[chosen].unit,
+        layers=tuple(machine.layer_time(layer) for layer in loaded.layers),
+        cache=machine.cache_time(loaded, cached),
+        overhead=machine.overhead_time(),
+    )
 
 
 def _refusal(profile: DeviceProfile, workload: Workload, runtime: str) -> str | None:
@@ -147,17 +200,6 @@ def _refusal(profile: DeviceProfile, workload: Workload, runtime: str) -> str | 
     return f"{runtime} on {profile.title} takes {', '.join(accepted)}; found {listed}"
 
 
-def _timed(profile: DeviceProfile, unit: ComputeUnit, workload: Workload, prompt: int) -> tuple[Metric, ...]:
-    decode = {side: _decode_seconds(profile, unit, workload, prompt, side) for side in _OPPOSITE}
-    first = {side: _first_token_seconds(profile, unit, workload, prompt, side) for side in _OPPOSITE}
-    sustained = {side: unit.sustained.at(side) / decode[side] for side in _OPPOSITE}
-    return (
-        _metric("tokens_per_second", 1 / decode["low"], 1 / decode["value"], 1 / decode["high"]),
-        _metric("tokens_per_second_sustained", sustained["low"], sustained["value"], sustained["high"]),
-        _metric("time_to_first_token_seconds", first["high"], first["value"], first["low"]),
-    )
-
-
 def _metric(name: str, low: float, value: float, high: float) -> Metric:
     return Metric(name, value, METRIC_UNITS[name], "estimated", low=low, high=high)
 
@@ -168,22 +210,76 @@ def _package(workload: Workload) -> Metric:
     return Metric("package_bytes", float(workload.package_bytes), METRIC_UNITS["package_bytes"], basis)
 
 
-def _stream_seconds(profile: DeviceProfile, unit: ComputeUnit, count: float, side: Side) -> float:
-    return count / (unit.bandwidth_share.at(side) * profile.bandwidth.at(side))
+@dataclass(frozen=True)
+class _Machine:
+    """One compute unit of a device and how its runtime treats the cache. Side "low" is always the slow end."""
 
+    profile: DeviceProfile
+    unit: ComputeUnit
+    cache_reads: float
 
-def _decode_seconds(profile: DeviceProfile, unit: ComputeUnit, workload: Workload, tokens: int, side: Side) -> float:
-    """Return seconds per token with so many tokens in the cache; side "low" is the slow end."""
-    count = workload.streamed_bytes + workload.kv_bytes_per_token * tokens
-    return _stream_seconds(profile, unit, count, side) + unit.overhead.at(_OPPOSITE[side])
+    def stream_seconds(self, count: float, side: Side) -> float:
+        return count / (self.unit.bandwidth_share.at(side) * self.profile.bandwidth.at(side))
 
+    def layer_seconds(self, layer: LayerLoad, side: Side) -> float:
+        """Return seconds per token of one layer: reading it, or unpacking it where that takes longer."""
+        reading = self.stream_seconds(layer.streamed_bytes, side)
+        if self.unit.decode_compute is None:
+            return reading
+        return max(reading, 2 * layer.packed_parameters / self.unit.decode_compute.at(side))
 
-def _first_token_seconds(
-    profile: DeviceProfile, unit: ComputeUnit, workload: Workload, tokens: int, side: Side
-) -> float:
-    compute = 2 * workload.multiply_accumulates * tokens / unit.effective_compute.at(side)
-    stream = _stream_seconds(profile, unit, workload.streamed_bytes, side)
-    return max(compute, stream) + unit.overhead.at(_OPPOSITE[side])
+    def weights_seconds(self, workload: Workload, side: Side) -> float:
+        return sum(self.layer_seconds(layer, side) for layer in workload.layers)
+
+    def cache_seconds(self, workload: Workload, tokens: int, side: Side) -> float:
+        return self.stream_seconds(workload.kv_bytes_per_token * tokens * self.cache_reads, side)
+
+    def decode_seconds(self, workload: Workload, tokens: int, side: Side) -> float:
+        """Return seconds per token with so many tokens in the cache."""
+        overhead = self.unit.overhead.at(_OPPOSITE[side])
+        return self.weights_seconds(workload, side) + self.cache_seconds(workload, tokens, side) + overhead
+
+    def first_token_seconds(self, workload: Workload, tokens: int, side: Side) -> float:
+        operations = 2 * workload.multiply_accumulates * tokens + 2 * tokens**2 * workload.attention_width
+        compute = operations / self.unit.effective_compute.at(side)
+        return max(compute, self.weights_seconds(workload, side)) + self.unit.overhead.at(_OPPOSITE[side])
+
+    def layer_time(self, layer: LayerLoad) -> LayerTime:
+        ends = (self.layer_seconds(layer, side) for side in _SLOWEST_LAST)
+        return LayerTime(layer.name, layer.bytes, *ends)
+
+    def cache_time(self, workload: Workload, tokens: int) -> LayerTime:
+        ends = (self.cache_seconds(workload, tokens, side) for side in _SLOWEST_LAST)
+        return LayerTime("KV cache", workload.kv_bytes_per_token * tokens, *ends)
+
+    def overhead_time(self) -> LayerTime:
+        ends = (self.unit.overhead.at(_OPPOSITE[side]) for side in _SLOWEST_LAST)
+        return LayerTime("overhead", 0, *ends)
+
+    def rates(self, workload: Workload, prompt: int, cached: int) -> tuple[Metric, ...]:
+        decode = {side: self.decode_seconds(workload, cached, side) for side in _OPPOSITE}
+        first = {side: self.first_token_seconds(workload, prompt, side) for side in _OPPOSITE}
+        sustained = {side: self.unit.sustained.at(side) / decode[side] for side in _OPPOSITE}
+        return (
+            _metric("tokens_per_second", 1 / decode["low"], 1 / decode["value"], 1 / decode["high"]),
+            _metric("tokens_per_second_sustained", sustained["low"], sustained["value"], sustained["high"]),
+            _metric("time_to_first_token_seconds", first["high"], first["value"], first["low"]),
+        )
+
+    def loading(self, workload: Workload, loaded: Workload, cost: MemoryCost) -> Metric:
+        """Return the load time: the package from storage, what is widened, each copy that the runtime makes."""
+        storage = self.profile.storage
+        if storage is None:
+            return Metric("load_seconds", None, METRIC_UNITS["load_seconds"], "estimated")
+        sides: tuple[Side, ...] = ("high", "value", "low")
+        ends = (
+            workload.package_bytes / storage.at(side)
+            + self.stream_seconds((workload.weight_bytes + loaded.weight_bytes) / 2 * cost.weight_copies[end], side)
+            + (loaded.weight_bytes - workload.weight_bytes) * WIDENING_SECONDS[end]
+            + LOAD_SECONDS[end]
+            for end, side in enumerate(sides)
+        )
+        return _metric("load_seconds", *ends)
 
 
 def _memory_bytes(workload: Workload, weights: float, cost: MemoryCost, prompt: int, context: int, end: int) -> float:

@@ -6,10 +6,13 @@ A profile is a YAML file (`profiles/*.yaml` here, or the user's own under `$XDG_
     memory          physical; and what one app may use of it: default, pessimistic and, where the system has such a
                     thing, entitled
     bandwidth       peak of the memory
+    storage         optional: what a model file is read with
     compute_units   name -> effective_compute (what prefill reaches, not a data sheet's peak), bandwidth_share (what
                     decode reaches of the peak), overhead (per token, independent of the model's size),
-                    sustained (rate after minutes of work / rate at the start)
-    runtimes        name (`onnx`, `coreml`, `coreai`: an Artifact's format) -> compute unit, minimum_os, weight_formats
+                    sustained (rate after minutes of work / rate at the start) and, optional, decode_compute (what
+                    unpacking integers or palettes token by token reaches; a floor under decode on CPUs)
+    runtimes        name (`onnx`, `coreml`, `coreai`: an Artifact's format) -> compute unit, minimum_os, weight_formats:
+                    a list, or OS version -> what that version adds, the first being minimum_os
 
 Files are read strictly: every problem is found before one error is raised, unknown keys name the nearest known one,
 and a unit of the wrong dimension is refused. `host` is not a file: host_profile.py measures it.
@@ -20,7 +23,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ __all__ = [
     "check_profile",
     "list_profiles",
     "load_profile",
+    "profile_files",
     "user_folder",
 ]
 
@@ -80,15 +84,21 @@ class ComputeUnit:
     """Seconds per token that do not depend on the model's size."""
     sustained: Quantity
     """Decode rate after minutes of work as a share of the first seconds' rate."""
+    decode_compute: Quantity | None = None
+    """FLOP/s that decode reaches with packed weights, where unpacking them may be slower than reading them."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs an artifact's format here: on which unit, from which OS on, with which weight formats."""
+    """What runs an artifact's format here: on which unit, from which OS on, with which weight formats.
+
+    `weight_formats` are those of the newest OS; `formats_by_os` says which version added which.
+    """
 
     unit: str
     minimum_os: str
     weight_formats: tuple[str, ...]
+    formats_by_os: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,16 @@ class DeviceProfile:
     bandwidth: Quantity
     compute_units: Mapping[str, ComputeUnit]
     runtimes: Mapping[str, Runtime]
+    storage: Quantity | None = None
 
     def quantities(self) -> dict[str, Quantity]:
         """Return every number of the profile under its dotted name, for display."""
         found = {f"memory.{k}": v for k, v in vars(self.memory).items() if v is not None}
         found["bandwidth"] = self.bandwidth
+        if self.storage is not None:
+            found["storage"] = self.storage
         for name, unit in self.compute_units.items():
-            found |= {f"compute_units.{name}.{k}": v for k, v in vars(unit).items()}
+            found |= {f"compute_units.{name}.{k}": v for k, v in vars(unit).items() if v is not None}
         return found
 
 
@@ -119,8 +132,13 @@ def user_folder() -> Path:
 
 def list_profiles() -> tuple[str, ...]:
     """Return the names of all profiles: built-in ones, the user's own, then `host`."""
-    folders = (_BUILT_IN, user_folder())
-    return (*sorted({p.stem for folder in folders for p in folder.glob("*.yaml")}), HOST)
+    return (*sorted(profile_files()), HOST)
+
+
+def profile_files() -> dict[str, Path]:
+    """Return name -> file of every built-in profile and the user's own; a built-in name comes first."""
+    found = {path.stem: path for folder in (user_folder(), _BUILT_IN) for path in folder.glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def load_profile(name_or_path: str | Path) -> DeviceProfile:
@@ -200,13 +218,14 @@ def _named(data: Any, where: str, problems: list[str]) -> Mapping[str, Any]:
 
 def _profile(raw: Mapping[str, Any], problems: list[str]) -> DeviceProfile | None:
     top = ("name", "title", "memory", "bandwidth", "compute_units", "runtimes")
-    data = _section(raw, "", dict.fromkeys(top, True), problems)
+    data = _section(raw, "", {**dict.fromkeys(top, True), "storage": False}, problems)
     if "name" in data and not (isinstance(data["name"], str) and _NAME.fullmatch(data["name"])):
         problems.append(f"name: {data['name']!r} is not lower-case words joined by '-'")
     if "title" in data and not isinstance(data["title"], str):
         problems.append(f"title: {data['title']!r} is not text")
     memory = _memory(data["memory"], problems) if "memory" in data else None
     bandwidth = read_quantity(data["bandwidth"], "bandwidth", "bandwidth", problems) if "bandwidth" in data else None
+    storage = read_quantity(data["storage"], "storage", "bandwidth", problems) if "storage" in data else None
     units = {
         str(name): _compute_unit(value, f"compute_units.{name}", problems)
         for name, value in (
@@ -226,6 +245,7 @@ def _profile(raw: Mapping[str, Any], problems: list[str]) -> DeviceProfile | Non
         bandwidth,
         {k: v for k, v in units.items() if v},
         {k: v for k, v in runtimes.items() if v},
+        storage,
     )
 
 
@@ -243,13 +263,19 @@ def _memory(raw: Any, problems: list[str]) -> Memory | None:
 
 
 def _compute_unit(raw: Any, where: str, problems: list[str]) -> ComputeUnit | None:
-    keys = {"effective_compute": True, "bandwidth_share": True, "overhead": True, "sustained": True}
+    keys = {"effective_compute": True, "bandwidth_share": True, "overhead": True, "sustained": True,
+            "decode_compute": False}  # fmt: skip
     data = _section(raw, where, keys, problems)
     compute = read_quantity(data.get("effective_compute"), f"{where}.effective_compute", "compute", problems)
     share = read_quantity(data.get("bandwidth_share"), f"{where}.bandwidth_share", "share", problems)
     overhead = read_quantity(data.get("overhead"), f"{where}.overhead", "time", problems)
     sustained = read_quantity(data.get("sustained"), f"{where}.sustained", "share", problems)
-    return ComputeUnit(compute, share, overhead, sustained) if compute and share and overhead and sustained else None
+    unpacking = None
+    if "decode_compute" in data:
+        unpacking = read_quantity(data["decode_compute"], f"{where}.decode_compute", "compute", problems)
+    if not (compute and share and overhead and sustained):
+        return None
+    return ComputeUnit(compute, share, overhead, sustained, unpacking)
 
 
 def _runtime(raw: Any, where: str, units: tuple[str, ...], problems: list[str]) -> Runtime | None:
@@ -261,13 +287,29 @@ def _runtime(raw: Any, where: str, units: tuple[str, ...], problems: list[str]) 
         problems.append(f"{where}.unit: {data['unit']!r} is no compute unit{did_you_mean(str(data['unit']), units)}")
     if not isinstance(data["minimum_os"], str):
         problems.append(f"{where}.minimum_os: {data['minimum_os']!r} is not text")
-    formats = data["weight_formats"]
-    if not isinstance(formats, list) or not formats:
-        problems.append(f"{where}.weight_formats: needed a list of {', '.join(WEIGHT_FORMATS)}")
+    added = _formats_by_os(data["weight_formats"], where, str(data["minimum_os"]), problems)
+    if len(problems) > before:
         return None
-    problems += [
-        f"{where}.weight_formats: {f!r} is unknown{did_you_mean(str(f), WEIGHT_FORMATS)}"
-        for f in formats
-        if f not in WEIGHT_FORMATS
-    ]
-    return Runtime(data["unit"], data["minimum_os"], tuple(formats)) if len(problems) == before else None
+    newest = tuple(dict.fromkeys(f for formats in added.values() for f in formats))
+    return Runtime(data["unit"], data["minimum_os"], newest, added)
+
+
+def _formats_by_os(raw: Any, where: str, minimum_os: str, problems: list[str]) -> Mapping[str, tuple[str, ...]]:
+    """Return OS version -> the weight formats it adds, from a list (all from minimum_os on) or a mapping."""
+    by_os = {str(k): v for k, v in raw.items()} if isinstance(raw, Mapping) else {minimum_os: raw}
+    if by_os and next(iter(by_os)) != minimum_os:
+        problems.append(f"{where}.weight_formats: starts with {next(iter(by_os))!r}, needed minimum_os {minimum_os!r}")
+    for version, formats in by_os.items():
+        place = f"{where}.weight_formats" + (f".{version}" if isinstance(raw, Mapping) else "")
+        if not isinstance(formats, list) or not formats:
+            problems.append(f"{place}: needed a list of {', '.join(WEIGHT_FORMATS)}")
+            by_os[version] = []
+            continue
+        problems += [
+            f"{place}: {f!r} is unknown{did_you_mean(str(f), WEIGHT_FORMATS)}"
+            for f in formats
+            if f not in WEIGHT_FORMATS
+        ]
+    if not by_os:
+        problems.append(f"{where}.weight_formats: needed a list of {', '.join(WEIGHT_FORMATS)}")
+    return {version: tuple(str(f) for f in formats) for version, formats in by_os.items()}

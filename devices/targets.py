@@ -68,6 +68,7 @@ def measure_host(artifact_folder: Path | str, options: BenchOptions | None = Non
     return [
         _median("tokens_per_second", rates),
         _median("time_to_first_token_seconds", found["first_token_seconds"]),
+        _median("load_seconds", [float(found["load_seconds"])]),
         _median("peak_memory_bytes", [float(found["peak_memory_bytes"])]),
         _median("package_bytes", [float(folder_bytes(folder))]),
     ]

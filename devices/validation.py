@@ -3,7 +3,8 @@
 For each target the artifacts it can run are judged, each on its own; what it cannot run is a `Skipped` line. A target
 that can run none of them still gets a verdict, with unknown metrics, so its budgets fail: unknown never passes. On
 `host` the artifact is run and measured; on a profile it is estimated, and an estimate never meets `require: measured`.
-Memory has a budget even when nobody set one: what the profile says one app may use.
+Memory has a budget even when nobody set one: what the profile says one app may use. A budget at a prompt of its own
+(`time_to_first_token_ms <= 300 @ 512`) is judged on a metric of its own, estimated or measured at that length.
 """
 
 from __future__ import annotations
@@ -115,8 +116,35 @@ def _judge(
         found = estimate(profile, workload, options.prompt_tokens, context)
         if found.runtime is None:
             return None, [Skipped(what, line.why) for line in found.skipped]
+    found, skipped = _at_own_prompts(found, profile, artifact, place, options)
     verdict = validate(profile, found, options.parsed_budgets(), require=options.require, memory=options.memory)
-    return replace(verdict, variant=artifact.variant, artifact=artifact.path), []
+    return replace(verdict, variant=artifact.variant, artifact=artifact.path), skipped
+
+
+def _at_own_prompts(
+    found: Estimate, profile: DeviceProfile, artifact: Artifact, place: Path, options: ValidateOptions
+) -> tuple[Estimate, list[Skipped]]:
+    """Return `found` with a metric for every budget that names a prompt's length, and what could not be had."""
+    metrics, skipped = dict(found.metrics), []
+    asked = [budget for budget in options.parsed_budgets() if budget.at_tokens is not None]
+    for tokens in dict.fromkeys(budget.at_tokens for budget in asked if budget.at_tokens is not None):
+        names = [budget.metric for budget in asked if budget.at_tokens == tokens]
+        context = int(artifact.details.get("context_length", 0))
+        room = context // 2 if profile.name == _NAME_OF_HOST else context
+        if context and tokens > room:
+            why = f"{artifact.path} takes {context:,} tokens" + (", half of them as a prompt" if room < context else "")
+            skipped.append(Skipped(f"{', '.join(names)} @ {tokens} on {profile.name}", why))
+            continue
+        if profile.name == _NAME_OF_HOST:
+            bench = replace(options.bench(), prompt_tokens=tokens)
+            there = {m.name: m for m in measure_host(place, bench)}
+        else:
+            workload = Workload.from_artifact(artifact)
+            there = dict(estimate(profile, workload, tokens, runtime=found.runtime).metrics)
+        for name in names:
+            if name in there:
+                metrics[f"{name} @ {tokens}"] = replace(there[name], name=f"{name} @ {tokens}")
+    return replace(found, metrics=metrics), skipped
 
 
 def validate(
@@ -133,13 +161,13 @@ def validate(
     """
     unknown = {name: Metric(name, None, unit, "estimated") for name, unit in METRIC_UNITS.items()}
     metrics = dict(found.metrics) if found is not None else unknown
-    by_metric = {budget.metric: budget for budget in budgets}
+    by_metric = {budget.key: budget for budget in budgets}
     if found is not None:
         limit = _memory_limit(profile, memory)
         asked = by_metric.get(limit.metric)
         by_metric[limit.metric] = limit if asked is None else asked.tighter(limit)
     for name in by_metric:
-        metrics.setdefault(name, unknown[name])
+        metrics.setdefault(name, replace(unknown[by_metric[name].metric], name=name))
     judged = tuple(_held(metric, by_metric.get(name), require) for name, metric in metrics.items())
     return TargetVerdict(profile.name, judged)
 

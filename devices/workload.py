@@ -10,6 +10,8 @@ yet. The details an exporter writes (only `layers` is required; the other keys s
     context_length       most tokens the artifact takes
     vocabulary           length of a row of logits
     tied                 the embedding's bytes also serve as the head (default: no layer is called `lm_head`)
+    attention_width      layers x heads x width of a head (default: read off the layers called q_proj)
+    runtime              {"shapes": "static"}: every token reads the cache of the whole context
 
 An embedding is looked up, not multiplied: its row is a few hundred bytes of what is stored. A tied head reads all of
 it for every token, and multiplies with all of it. Norm vectors and biases are counted as bytes, their few operations
@@ -22,12 +24,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dwindle.devices.device_profile import FLOAT_FORMATS
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Artifact
 
 __all__ = ["LayerLoad", "Workload"]
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embedding")
+_QUERIES = ("q_proj", "query")
+_PACKED_BELOW_BITS = 12
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "smollm3")
 """Families whose config.json leaves `tie_word_embeddings` out when it is true."""
 
@@ -42,6 +47,22 @@ class LayerLoad:
     streamed: bool = True
     format: str | None = None
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Return the bytes that every token reads."""
+        return self.bytes if self.streamed else 0
+
+    @property
+    def packed_parameters(self) -> int:
+        """Return the weights that every token unpacks: those of integers and palettes.
+
+        A layer of a plan, which has no format yet, counts as packed below 12 bits a weight.
+        """
+        floats = 8 * self.bytes >= _PACKED_BELOW_BITS * self.parameters
+        if self.format is not None:
+            floats = self.format in FLOAT_FORMATS
+        return self.parameters if self.streamed and not floats else 0
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -53,6 +74,10 @@ class Workload:
     vocabulary: int
     package_bytes: int
     format: str | None = None
+    attention_width: int = 0
+    """Layers x heads x width of a head; 0 where nobody knows it: prefill then counts weights alone."""
+    static_shapes: bool = False
+    """Whether every token reads the cache of the whole context."""
 
     @property
     def weight_bytes(self) -> int:
@@ -62,7 +87,7 @@ class Workload:
     @property
     def streamed_bytes(self) -> int:
         """Return the weight bytes that every token reads."""
-        return sum(layer.bytes for layer in self.layers if layer.streamed)
+        return sum(layer.streamed_bytes for layer in self.layers)
 
     @property
     def multiply_accumulates(self) -> int:
@@ -121,6 +146,8 @@ class Workload:
             int(details.get("vocabulary", 0)),
             artifact.bytes,
             artifact.format,
+            int(details.get("attention_width") or _attention_width(layers, int(details.get("vocabulary", 0)))),
+            _static(details.get("runtime")),
         )
 
     @classmethod
@@ -154,7 +181,14 @@ class Workload:
         if not shape.tied:
             layers.append(LayerLoad("lm_head", embedding, round(embedding * outer_bits / 8)))
         kv_bytes = round(2 * len(shape.ffn_widths) * shape.kv_heads * shape.head_dim * kv_bits / 8)
-        return cls(tuple(layers), kv_bytes, shape.context, shape.vocabulary, sum(layer.bytes for layer in layers))
+        return cls(
+            tuple(layers),
+            kv_bytes,
+            shape.context,
+            shape.vocabulary,
+            sum(layer.bytes for layer in layers),
+            attention_width=len(shape.ffn_widths) * shape.heads * shape.head_dim,
+        )
 
 
 def _last(name: str) -> str:
@@ -164,6 +198,24 @@ def _last(name: str) -> str:
 
 def _is_embedding(name: str) -> bool:
     return _last(name) in _EMBEDDINGS
+
+
+def _static(runtime: Any) -> bool:
+    return isinstance(runtime, Mapping) and runtime.get("shapes") == "static"
+
+
+def _attention_width(layers: tuple[LayerLoad, ...], vocabulary: int) -> int:
+    """Return layers x heads x width of a head, read off the query projections [heads x head, width], or 0.
+
+    The width follows from the embedding [vocabulary, width].
+
+    >>> rows = (LayerLoad("model.embed_tokens", 320, 640), LayerLoad("model.layers.0.self_attn.q_proj", 128, 64))
+    >>> _attention_width(rows, vocabulary=32)
+    12
+    """
+    width = next((x.parameters // vocabulary for x in layers if vocabulary and _is_embedding(x.name)), 0)
+    queries = sum(x.parameters for x in layers if _last(x.name) in _QUERIES)
+    return queries // width if width else 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +237,10 @@ class _Shape:
         missing = [key for key in needed if not config.get(key)]
         if missing:
             raise UnsupportedModel(f"config.json: missing {', '.join(missing)}. A decoder's config.json is needed.")
+        experts = [key for key in ("num_experts", "num_local_experts") if config.get(key)]
+        if experts:
+            raise UnsupportedModel(f"config.json: {experts[0]}={config[experts[0]]}. The cost of a mixture of experts "
+                                   "depends on the text; a dense decoder is needed.")  # fmt: skip
         width, layers, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
         ffn = config["intermediate_size"]
         widths = tuple(int(w) for w in ffn) if isinstance(ffn, list | tuple) else (int(ffn),) * layers

@@ -156,7 +156,9 @@ def layer_numbers(anatomy: Anatomy, layer: int = 0) -> tuple[int, int]:
     wide = norms * (2 * anatomy.width + 1) + anatomy.heads
     if anatomy.traits.qk_norm != "none":
         wide += 2 * (queries + keys)
-    return wide, 2 * queries + 2 * keys + 4 * anatomy.ffn_width[layer]
+    experts = anatomy.experts_of(layer)
+    routed = 0 if experts is None else experts.top_k * experts.width
+    return wide, 2 * queries + 2 * keys + 4 * (anatomy.ffn_width[layer] + routed)
 
 
 _NORMS_OF_WIDTH = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",

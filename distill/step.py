@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwindle.clock import StepClock
+from dwindle.distill.cached_teacher import CachedTeacher, prepared_cache
+from dwindle.distill.layer_match import PROJECTIONS, attach_projections, layer_pairs
 from dwindle.distill.objective import DistillObjective
+from dwindle.distill.on_policy import OnPolicyObjective
 from dwindle.distill.options import DistillOptions
-from dwindle.distill.teacher_signal import LiveTeacher
-from dwindle.errors import RecipeError
+from dwindle.distill.probe import Probe
+from dwindle.distill.teacher_signal import LiveTeacher, TeacherSignal
+from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Skipped, StepRecord
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encoding_sha256
-from dwindle.train import TrainLine, TrainResult, train
+from dwindle.train import Objective, TrainLine, TrainResult, train
+from dwindle.vocabulary_map import VocabularyMap, map_between
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -31,26 +36,43 @@ def run(
     student: ModelBundle,
     options: DistillOptions,
     *,
-    teacher: ModelBundle,
+    teacher: ModelBundle | None = None,
     train: TokenSet,
     folder: Path | None = None,
     on_step: Callable[[TrainLine], None] | None = None,
+    evaluation: TokenSet | None = None,
 ) -> tuple[ModelBundle, StepRecord]:
     """Return the distilled student as a new bundle, and its record (sizes and losses; a `Meter` fills in quality).
 
-    With a `folder` the run logs and checkpoints there and goes on from where it stopped. Raises RecipeError, naming all
-    reasons, when teacher, student and data do not go together.
+    With a `folder` the run logs and checkpoints there and goes on from where it stopped. With `options.cache` targets
+    are read from disk, windows that are missing there are written first, and without any the teacher may be None. With
+    an `evaluation` set the student is measured on it every `options.evaluate_every` steps and after the last (`probe`).
+    Raises RecipeError, naming all reasons, when teacher, student and data do not go together.
     """
-    _check(student, teacher, train)
+    mapped = _check(student, teacher, train, options)
     with StepClock() as clock:
         before = student.size()
         model: Any = copy.deepcopy(student.model).requires_grad_(True)
-        signal = LiveTeacher(teacher, wants_logits=DistillObjective.wants_logits(options.losses))
-        inputs = {"train": train.sha256, "teacher": teacher.content_sha256}
+        pairs = _layer_pairs(student, teacher, options)
+        signal, taught = _signal(student, teacher, train, options, mapped, [other for _, other in pairs])
+        inputs = {"train": train.sha256, "teacher": str(taught["teacher"])}
         losses = [asdict(loss) for loss in options.losses]
-        identity = {"losses": losses, "teacher": teacher.content_sha256}
-        result = _train(model, DistillObjective(options.losses, signal), train, options, folder, on_step, identity)
-        recorded = {**asdict(options), "betas": list(options.betas), "losses": losses}
+        written = None if options.on_policy is None else asdict(options.on_policy)
+        identity = {"losses": losses, **taught, **({} if written is None else {"on_policy": written})}
+        if pairs and teacher is not None:
+            attach_projections(model, pairs, student.anatomy.width, teacher.anatomy.width)
+        plain = DistillObjective(options.losses, signal, pairs)
+        objective: Objective = plain
+        if options.on_policy is not None and teacher is not None:
+            objective = OnPolicyObjective(plain, options.on_policy, teacher.model)
+        probe = None
+        if evaluation is not None:
+            live = None if teacher is None else LiveTeacher(teacher, mapped=mapped)
+            probe = Probe(evaluation, live, train.ids.shape[1] - 1, student.tokenizer, folder)
+        result = _train(model, objective, train, options, folder, on_step, identity, probe)
+        if hasattr(model, PROJECTIONS):
+            delattr(model, PROJECTIONS)
+        recorded = {**asdict(options), "betas": list(options.betas), "losses": losses, "cache": taught["cache"]}
         distilled = student.derive(model, "distill", recorded, inputs).stored_dtype_rounded()
         after = distilled.size()
     details, skipped = _tell(result, options)
@@ -58,41 +80,82 @@ def run(
                                  details=details, skipped=skipped)  # fmt: skip
 
 
+def _signal(
+    student: ModelBundle, teacher: ModelBundle | None, tokens: TokenSet, options: DistillOptions,
+    mapped: VocabularyMap | None, layers: Sequence[int],
+) -> tuple[TeacherSignal, dict[str, Any]]:  # fmt: skip
+    """Return where targets come from, and what tells it from others."""
+    if options.cache is not None:
+        cache = prepared_cache(student, tokens, options.cache, teacher, mapped=mapped)
+        return CachedTeacher(cache), {"teacher": cache.manifest.teacher, "cache": cache.identity}
+    assert teacher is not None
+    live = LiveTeacher(teacher, mapped=mapped, layers=layers)
+    return live, {"teacher": teacher.content_sha256, "cache": None}
+
+
+def _layer_pairs(
+    student: ModelBundle, teacher: ModelBundle | None, options: DistillOptions
+) -> tuple[tuple[int, int], ...]:
+    """Return the layers that `hidden_states` matches, none if it is not in the mix."""
+    matched = [loss for loss in options.losses if loss.name == "hidden_states"]
+    if not matched or teacher is None:
+        return ()
+    return matched[0].layers or layer_pairs(student.anatomy.layers, teacher.anatomy.layers)
+
+
 def _train(
     model: Any,
-    objective: DistillObjective,
+    objective: Objective,
     tokens: TokenSet,
     options: DistillOptions,
     folder: Path | None,
     on_step: Callable[[TrainLine], None] | None,
     identity: dict[str, Any],
+    probe: Probe | None,
 ) -> TrainResult:
-    return train(model, objective, tokens, options.training, folder=folder, on_step=on_step, identity=identity)
+    return train(model, objective, tokens, options.training, folder=folder, on_step=on_step, identity=identity,
+                 evaluate=probe)  # fmt: skip
 
 
-def _check(student: ModelBundle, teacher: ModelBundle, tokens: TokenSet) -> None:
-    """Raise RecipeError with every reason why this student cannot learn from this teacher on these tokens."""
+def _check(
+    student: ModelBundle, teacher: ModelBundle | None, tokens: TokenSet, options: DistillOptions
+) -> VocabularyMap | None:
+    """Return the map to the teacher's vocabulary, None where there is one vocabulary.
+
+    Raises RecipeError with every reason why this student cannot learn from this teacher on these tokens.
+    """
     tokens.require("train")
-    wrong = []
+    wrong, mapped = [], None
     if student.quantized:
         wrong.append("the student is quantized (distill first, then quantize)")
-    if student.anatomy.vocab != teacher.anatomy.vocab:
-        wrong.append(
-            f"the teacher's vocabulary has {teacher.anatomy.vocab:,} entries, the student's "
-            f"{student.anatomy.vocab:,} (choose a teacher of the same family)"
-        )
-    names = {"student": student.tokenizer, "teacher": teacher.tokenizer}
+    if teacher is None and options.cache is None:
+        wrong.append("there is no teacher (give one, or a logit cache)")
+    try:
+        mapped = None if teacher is None else map_between(teacher, student)
+    except UnsupportedModel as error:
+        wrong.append(str(error).removesuffix("."))
+    names = {"student": student.tokenizer}
+    if teacher is not None and mapped is None:
+        names["teacher"] = teacher.tokenizer
     hashes = {name: encoding_sha256(tokenizer) for name, tokenizer in names.items()} | {"data": tokens.tokenizer_sha256}
     if len(set(hashes.values())) > 1:
         told = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         wrong.append(f"the tokenizers differ: {told} (token ids must mean the same to all of them)")
+    for name, bundle, side in (("student", student, 0), ("teacher", teacher, 1)):
+        layers = 0 if bundle is None else bundle.anatomy.layers
+        past = [pair[side] for pair in _layer_pairs(student, teacher, options) if pair[side] > layers]
+        if past:
+            wrong.append(f"hidden_states matches the {name}'s layers {past}, it has {layers}")
+    if mapped is not None and options.on_policy is not None and options.on_policy.writer == "teacher":
+        wrong.append("on_policy: the teacher writes tokens that the student lacks (let the student write)")
     window = tokens.ids.shape[1] - 1
     for name, bundle in (("student", student), ("teacher", teacher)):
-        if bundle.anatomy.context < window:
+        if bundle is not None and bundle.anatomy.context < window:
             wrong.append(f"windows predict {window:,} tokens, the {name}'s context is {bundle.anatomy.context:,} "
                          f"(set data.context={bundle.anatomy.context})")  # fmt: skip
     if wrong:
         raise RecipeError(f"distill: {'; '.join(wrong)}.")
+    return mapped
 
 
 def _tell(result: TrainResult, options: DistillOptions) -> tuple[dict[str, Any], tuple[Skipped, ...]]:

@@ -1,60 +1,131 @@
-"""What a teacher says about a batch: its most probable token, and its logits where a loss wants them.
+"""What a teacher says about a batch, in the form it has: hidden states before its head, logits, or a few tokens.
 
-The objective sees this small type only, and cannot tell a live teacher from one read from disk.
+The objective sees this small type only, and cannot tell a live teacher from one read from disk. A live teacher gives
+hidden states [N, D] and its head: N * V logits are never held (`fused_loss` makes them a chunk at a time).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dwindle.measure import logit_slices
+from dwindle.distill.head import Head, HeadStates, head_of, inside
+from dwindle.distill.layer_match import LayerOutputs
+from dwindle.distill.sparse_targets import SparseTargets
+from dwindle.errors import RecipeError
+from dwindle.sharding import Processes, sharded_reader
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
+    from dwindle.vocabulary_map import VocabularyMap
 
-__all__ = ["LiveTeacher", "TeacherSignal", "TeacherTargets"]
-
-_SLICE_ELEMENTS = 1 << 23
-"""Logits made at a time: 32 MiB in float32."""
+__all__ = ["LiveTeacher", "SeveralTeachers", "TeacherSignal", "TeacherTargets"]
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's word on N positions."""
+    """The teacher's word on N positions; `states`, `logits` and `sparse` are three forms of one thing."""
 
-    top1: Tensor
-    """[N] most probable token."""
-    logits: Tensor | None
-    """[N, V], None if no loss asked for them."""
+    top1: Tensor | None = None
+    """[N] most probable tokens; None where they have to be found in the logits."""
+    logits: Tensor | None = None
+    """[N, V]."""
+    sparse: SparseTargets | None = None
+    """Weighted tokens in place of the logits: what a cache has."""
+    states: tuple[HeadStates, ...] = ()
+    """Hidden states and head of each teacher."""
+    shares: tuple[float, ...] = (1.0,)
+    """Each teacher's part in the mean of their probabilities; together 1."""
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Hidden states [N, D] after the decoder layers asked for, counted from 1."""
+
+    @property
+    def sources(self) -> tuple[HeadStates | Tensor, ...]:
+        """Return what logits are made of: for each teacher its states, or the logits themselves."""
+        return self.states or (() if self.logits is None else (self.logits,))
+
+    def at(self, index: Tensor) -> TeacherTargets:
+        """Return the targets of some positions."""
+
+        def chosen(values: Tensor) -> Tensor:
+            return values[index.to(values.device)]
+
+        return TeacherTargets(
+            None if self.top1 is None else chosen(self.top1), None if self.logits is None else chosen(self.logits),
+            None if self.sparse is None else self.sparse.at(index.to(self.sparse.ids.device)),
+            tuple(states.at(index) for states in self.states), self.shares,
+            {layer: chosen(hidden) for layer, hidden in self.layers.items()},
+        )  # fmt: skip
 
 
 class TeacherSignal(Protocol):
     """Where targets come from."""
 
     def targets(self, ids: Tensor) -> TeacherTargets:
-        """Return the targets at the B * T positions of `ids` [B, T], on the device of `ids`."""
+        """Return the targets at the B * T positions of `ids` [B, T]."""
         ...
 
 
 class LiveTeacher:
-    """Runs the teacher on every batch, without gradients. With `wants_logits` False it never holds [N, V] logits."""
+    """Runs the teacher on every batch, without gradients; its hidden states stay on its device.
 
-    def __init__(self, teacher: ModelBundle, *, wants_logits: bool) -> None:
-        self._slices = logit_slices(teacher)
-        self._slice_tokens = max(1, _SLICE_ELEMENTS // teacher.anatomy.vocab)
-        self._wants_logits = wants_logits
-        teacher.model.eval()
+    Under `torchrun` the teacher is sharded over the processes, as the student is.
+
+    With `mapped` batches are in the ids of a pruned vocabulary, and the head is cut to the tokens of it. `layers` names
+    the decoder layers (counted from 1) of which hidden states are wanted.
+    """
+
+    def __init__(
+        self, teacher: ModelBundle, *, mapped: VocabularyMap | None = None, layers: Sequence[int] = ()
+    ) -> None:
+        plain: Any = teacher.model.eval()
+        self._device = plain.device
+        self._model: Any = sharded_reader(plain, Processes.current(plain.device))
+        self._mapped, self._layers = mapped, tuple(layers)
+        self._head: Head | None = None
 
     @torch.no_grad()
     def targets(self, ids: Tensor) -> TeacherTargets:
         """Return the teacher's targets for `ids` [B, T]."""
-        top1, logits = [], []
-        for part in self._slices(ids, self._slice_tokens):
-            top1.append(part.argmax(-1).to(ids.device))
-            if self._wants_logits:
-                logits.append(part.to(ids.device))
-        return TeacherTargets(torch.cat(top1), torch.cat(logits) if logits else None)
+        read = ids.to(self._device)
+        if self._mapped is not None:
+            read = self._mapped.old_ids(read)
+
+        def forward(read: Tensor) -> Tensor:
+            # The mask of ones: nothing is padded, so attention may take its causal fast path (see core.measure).
+            found = self._model.get_decoder()(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False)
+            if self._head is None:  # the weights outside the layers are gathered now, and stay so
+                head = head_of(self._model)
+                self._head = head if self._mapped is None else head.rows(self._mapped.rows(head.weight.device))
+            hidden: Tensor = found.last_hidden_state.flatten(0, 1)
+            return hidden
+
+        with LayerOutputs(self._model, self._layers) as outputs:
+            hidden = inside(self._model, forward, read)
+        assert self._head is not None
+        return TeacherTargets(states=(HeadStates(hidden, self._head),), layers=outputs.flat())
+
+
+class SeveralTeachers:
+    """Several live teachers as one: the mean of their probabilities, weighted by `shares`.
+
+    The mean of probabilities and not of logits, since it is what a reader who asked one of the teachers at random
+    would see. Layers to match are the first teacher's.
+    """
+
+    def __init__(self, teachers: Sequence[TeacherSignal], shares: Sequence[float]) -> None:
+        if len(teachers) != len(shares) or not all(share > 0 for share in shares):
+            raise RecipeError(f"distill: {len(teachers)} teachers with the shares {list(shares)} (needed: one share "
+                              "above 0 for each).")  # fmt: skip
+        self._teachers = tuple(teachers)
+        self._shares = tuple(share / sum(shares) for share in shares)
+
+    def targets(self, ids: Tensor) -> TeacherTargets:
+        """Return the targets of all teachers for `ids` [B, T]."""
+        found = [teacher.targets(ids) for teacher in self._teachers]
+        states = tuple(states for targets in found for states in targets.states)
+        return TeacherTargets(states=states, shares=self._shares, layers=found[0].layers)

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_companions(bundle: ModelBundle, folder: Path) -> None:
-    """Write tokenizer files (with the chat template), config.json and generation_config.json into `folder`.
+    """Write tokenizer files (with the chat template), configs and the map of a cut vocabulary into `folder`.
 
     config.json describes the float architecture: the packed checkpoint's quantization_config does not belong here.
     """
@@ -85,6 +85,8 @@ def write_companions(bundle: ModelBundle, folder: Path) -> None:
             bundle.model.generation_config.to_json_file(folder / "generation_config.json")
     config = {key: value for key, value in bundle.config_json().items() if key != "quantization_config"}
     write_json(folder / "config.json", config)
+    if bundle.vocabulary_map is not None:  # the full teacher stays the reference of what is executed
+        bundle.vocabulary_map.write(folder)
 
 
 def model_facts(bundle: ModelBundle, context_length: int, kv_bytes_per_number: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ _ROLES = {
     "config.json": "the architecture, as transformers writes it",
     "generation_config.json": "ends of text and sampling defaults",
     "genai_config.json": "what ONNX Runtime GenAI reads",
+    "vocabulary_map.json": "which token of the full vocabulary each token is",
     "manifest.json": "all facts and hashes, for programs",
     "modules.json": "what sentence-transformers reads",
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError
 from dwindle.export.artefact import (
@@ -61,8 +62,10 @@ def run(
 
     Prompts [1, T] of the parity check come from `prompts`, else from `evaluation`, else from a fixed text.
     Raises RecipeError for what a format cannot carry or for prompts that do not fit, OutputError for places that hold
-    something else, MissingExtra for a library that is not installed; before anything is written.
+    something else, MissingExtra for a library that is not installed, UnsupportedModel for a model with experts; before
+    anything is written.
     """
+    require_dense(bundle.anatomy, "export")
     output, options = Path(output), options.resolved(bundle.anatomy)
     length, steps, longest = options.parity_lengths()
     if evaluation is not None:

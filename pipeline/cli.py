@@ -24,9 +24,12 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "run": ("runs:run", "Run a recipe: every step, cached and resumable, into one folder with a report."),
     "demo": ("runs:demo", "Run the whole line on the embedded teacher, in a few minutes."),
+    "fit": ("fit:fit", "Find the shape and bits that meet a device's targets, from a config alone."),
     "prune": ("models:prune", "Cut units out of a model by their importance; the result loads anywhere."),
-    "distill": ("models:distill", "Train a student to follow its teacher."),
+    "distill": ("distill:distill", "Train a student to follow its teacher."),
     "quantize": ("quantize:quantize", "Turn weights into palettes or integers, to a size, packed."),
+    "recover": ("adapters:recover", "Train an adapter that gives a quantized model back what it lost."),
+    "adapters": ("adapters:adapters", "List and show adapter folders."),
     "export": ("export:export", "Write ONNX, Core ML and Core AI, execute them, prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
     "validate": ("targets:validate", "Hold a run to budgets on device profiles."),

@@ -29,6 +29,7 @@ _OF_A_MODEL = (
     "kl_nats_per_token",
     "top1_agreement",
 )
+_PER_TOKEN = ("nats_per_token", "kl_nats_per_token", "top1_agreement")
 _JUDGED_OF_A_MODEL = ("bytes", "bits_per_weight", "nats_per_token", "top1_agreement")
 
 
@@ -142,14 +143,14 @@ def _final(steps: dict[tuple[str, str | None, int], StepRecord]) -> set[tuple[st
 
 def _steps(before: Report, after: Report) -> Iterator[Row]:
     old, new = _keyed(before), _keyed(after)
-    final = _final(old)
+    final, retold = _final(old), _vocabularies(before) != _vocabularies(after)
     if before.steps and after.steps:
         yield from _models("teacher", before.steps[0].before, after.steps[0].before, judged=False)
     for key in [*old, *(k for k in new if k not in old)]:
         name, variant, turn = key
         what = name + (f" ({variant})" if variant else "") + (f" #{turn + 1}" if turn else "")
         first, second = old.get(key), new.get(key)
-        yield from _models(what, _after(first), _after(second), judged=key in final)
+        yield from _models(what, _after(first), _after(second), judged=key in final, retold=retold)
         yield _row(what, "seconds", first.seconds if first else None, second.seconds if second else None, False)
 
 
@@ -157,12 +158,23 @@ def _after(step: StepRecord | None) -> Measurement | None:
     return None if step is None else step.after
 
 
-def _models(what: str, before: Measurement | None, after: Measurement | None, judged: bool) -> Iterator[Row]:
+def _vocabularies(report: Report) -> list[tuple[object, object]]:
+    """Return what the cuts of the vocabulary left: where that differs, the runs count other tokens."""
+    told = [(step.details.get("vocabulary"), step.details.get("vocabulary_coverage")) for step in report.steps]
+    return [(sizes, share) for sizes, share in told if sizes and sizes[0] != sizes[1]]
+
+
+def _models(
+    what: str, before: Measurement | None, after: Measurement | None, judged: bool, retold: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a model; with `retold` tokens bits/byte stand in for what is counted per token."""
+    names = (*_JUDGED_OF_A_MODEL, "bits_per_byte") if retold else _JUDGED_OF_A_MODEL
     for name in _OF_A_MODEL:
+        note = "not comparable: other tokens, see bits_per_byte" if retold and name in _PER_TOKEN else ""
         first = None if before is None else getattr(before, name)
         second = None if after is None else getattr(after, name)
         if first is not None or second is not None:
-            yield _row(what, name, first, second, judged and name in _JUDGED_OF_A_MODEL)
+            yield _row(what, name, first, second, judged and name in names and not note, note)
 
 
 def _artifacts(before: Report, after: Report) -> Iterator[Row]:

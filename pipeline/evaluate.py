@@ -17,6 +17,8 @@ from dwindle.errors import DataError
 from dwindle.measure import LogitSlices, Meter, logit_slices
 from dwindle.report import Measurement
 from dwindle.storage import folder_bytes
+from dwindle.token_set import TokenSet
+from dwindle.vocabulary_map import VocabularyMap, map_between, map_from
 
 __all__ = ["evaluate"]
 
@@ -33,8 +35,9 @@ def evaluate(
     """Return size and quality of a model folder, a Hugging Face id, an exported artifact's folder or a bare package.
 
     `reference` is the teacher for KL and agreement; `max_tokens` cuts the text as a recipe's `evaluation_tokens`
-    does; `context` is the window length T (the model's context if None). A bare `.mlpackage` is computed by the
-    evaluator (by Core ML on a Mac); its tokenizer lies beside it, or is the reference's.
+    does (where the vocabulary was cut, in tokens of a full reference); `context` is the window length T (the model's
+    context if None). A bare `.mlpackage` is computed by the evaluator (by Core ML on a Mac); its tokenizer lies beside
+    it, or is the reference's.
     """
     teacher = None if reference is None else ModelBundle.load(reference, torch_device=torch_device)
     folder = Path(model)
@@ -43,7 +46,8 @@ def evaluate(
     if folder.suffix == ".mlpackage" and folder.is_dir():
         return _evaluate_package(folder, text, teacher, max_tokens, context)
     bundle = ModelBundle.load(model, torch_device=torch_device)
-    evaluation = evaluation_set(str(text), bundle.tokenizer, max_tokens=max_tokens)
+    mapped = None if teacher is None else map_between(teacher, bundle)
+    evaluation = _evaluation(text, bundle.tokenizer, teacher, mapped, max_tokens)
     return Meter(evaluation, teacher, context).measure(bundle)
 
 
@@ -55,7 +59,7 @@ def _evaluate_artifact(
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     size = _Size(int(manifest["parameters"]), int(manifest["bytes"]), int(manifest["vocabulary"]),
                  int(manifest["context_length"]))  # fmt: skip
-    return _measured(open_artifact(folder), size, _tokenizer(folder), text, teacher, max_tokens, context)
+    return _measured(open_artifact(folder), size, folder, _tokenizer(folder), text, teacher, max_tokens, context)
 
 
 def _evaluate_package(
@@ -77,7 +81,7 @@ def _evaluate_package(
         raise DataError(f"{package}: its {missing} cannot be told from the package. Give the model it was made from as "
                         "--reference.")  # fmt: skip
     size = _Size(int(parameters), folder_bytes(package), vocabulary, runner.context)
-    return _measured(runner, size, tokenizer, text, teacher, max_tokens, context)
+    return _measured(runner, size, package.parent, tokenizer, text, teacher, max_tokens, context)
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,19 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _measured(runner: Any, size: _Size, tokenizer: Any, text: str | Path, teacher: ModelBundle | None,
+def _evaluation(text: str | Path, tokenizer: Any, teacher: ModelBundle | None, mapped: VocabularyMap | None,
+                max_tokens: int | None) -> TokenSet:  # fmt: skip
+    """Return the text in the model's tokens; how much of it `max_tokens` means, a full teacher's tokens say."""
+    counted_by = None if teacher is None or mapped is None else teacher.tokenizer
+    return evaluation_set(str(text), tokenizer, max_tokens=max_tokens, counted_by=counted_by)
+
+
+def _measured(runner: Any, size: _Size, folder: Path, tokenizer: Any, text: str | Path, teacher: ModelBundle | None,
               max_tokens: int | None, context: int | None) -> Measurement:  # fmt: skip
     """Return the quality of anything that is executed token by token."""
-    evaluation = evaluation_set(str(text), tokenizer, max_tokens=max_tokens)
+    known = VocabularyMap.read(folder)
+    mapped = None if teacher is None else map_from(teacher, size.vocabulary, tokenizer, known)
+    evaluation = _evaluation(text, tokenizer, teacher, mapped, max_tokens)
     if context is not None and context > size.context:
         raise DataError(f"--context {context}: the artifact takes at most {size.context} tokens.")
 
@@ -107,8 +120,9 @@ def _measured(runner: Any, size: _Size, tokenizer: Any, text: str | Path, teache
             yield from torch.split(runner.step(row[None]), n)
 
     quality = Meter(evaluation, teacher, batch_tokens=1).quality(
-        slices, None if teacher is None else _reference(teacher), vocab=size.vocabulary, context=context or size.context
-    )
+        slices, None if teacher is None else _reference(teacher, mapped), vocab=size.vocabulary,
+        context=context or size.context,
+    )  # fmt: skip
     return Measurement(
         parameters=size.parameters,
         bytes=size.bytes,
@@ -120,6 +134,6 @@ def _measured(runner: Any, size: _Size, tokenizer: Any, text: str | Path, teache
     )
 
 
-def _reference(teacher: ModelBundle) -> LogitSlices:
+def _reference(teacher: ModelBundle, mapped: VocabularyMap | None) -> LogitSlices:
     teacher.model.eval()
-    return logit_slices(teacher)
+    return logit_slices(teacher, mapped)

@@ -23,6 +23,7 @@ METRIC_LABELS: Mapping[str, str] = {
     "tokens_per_second": "Decode",
     "tokens_per_second_sustained": "Sustained",
     "time_to_first_token_seconds": "Time to first token",
+    "load_seconds": "Load",
     "peak_memory_bytes": "Peak memory",
     "package_bytes": "Package",
 }
@@ -105,7 +106,7 @@ def _cards(report: Report) -> list[_Card]:
             )
         for end in ends:
             if end.after.top1_agreement is not None or end.after.nats_per_token is not None:
-                cards.append(_quality_card(start, end))
+                cards.append(_quality_card(report, end))
     best = _best_speed(report.targets)
     if best is not None:
         profile, metric = best
@@ -113,13 +114,25 @@ def _cards(report: Report) -> list[_Card]:
     return cards
 
 
-def _quality_card(start: Measurement, end: StepRecord) -> _Card:
+def _quality_card(report: Report, end: StepRecord) -> _Card:
     name = f" ({end.variant})" if end.variant else ""
-    delta = figures.change(start.nats_per_token, end.after.nats_per_token)
-    told = f"{figures.number(end.after.nats_per_token)} nats/token" + (f" ({delta})" if delta else "")
+    nats = _teacher_nats(report, end.after)
+    delta = figures.change(report.steps[0].before.nats_per_token, nats)
+    told = f"{figures.number(nats)} nats/token" + (f" ({delta})" if delta else "")
     if end.after.top1_agreement is None:
-        return _Card(f"Quality{name}", figures.number(end.after.nats_per_token), told)
+        return _Card(f"Quality{name}", figures.number(nats), told)
     return _Card(f"Agreement{name}", figures.share(end.after.top1_agreement), f"with the teacher; {told}")
+
+
+def _teacher_nats(report: Report, model: Measurement) -> float | None:
+    """Return nats/token, where a step cut the vocabulary per token of the teacher's: from bits/byte."""
+    start = report.steps[0].before
+    sizes = [step.details.get("vocabulary") or (0, 0) for step in report.steps]
+    if all(before == after for before, after in sizes):
+        return model.nats_per_token
+    if model.bits_per_byte is None or start.bits_per_byte is None or start.nats_per_token is None:
+        return None
+    return model.bits_per_byte / start.bits_per_byte * start.nats_per_token
 
 
 def _best_speed(targets: Sequence[TargetVerdict]) -> tuple[str, Metric] | None:
@@ -155,7 +168,7 @@ def _points(report: Report) -> list[Point]:
     made: list[Measurement] = []
     variants: list[str | None] = []
     for state in _states(report):
-        nats = state.now.nats_per_token
+        nats = _teacher_nats(report, state.now)
         if nats is None or state.now.bytes < 1:
             continue
         if state.variant not in variants:

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dwindle.anatomy import anatomy_of
+from dwindle.anatomy import Anatomy, anatomy_of, require_dense
 from dwindle.errors import RecipeError
 from dwindle.pipeline.export_plan import planned_exports
 from dwindle.pipeline.recipe import Recipe
 
-__all__ = ["plan"]
+__all__ = ["plan", "require_carried"]
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -30,15 +30,18 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(f"data: not found: {', '.join(missing)}.")
     config = AutoConfig.from_pretrained(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
     anatomy = anatomy_of(config)
+    require_carried(recipe, anatomy)
     lines = [
         f"teacher   {recipe.teacher} ({anatomy.model_type}, {anatomy.layers} layers, width {anatomy.width}, "
-        f"FFN {anatomy.ffn_width[0]}, vocabulary {anatomy.vocab:,})",
+        f"{_ffn(anatomy)}, vocabulary {anatomy.vocab:,})",
         f"train     {', '.join(recipe.data.train)}",
     ]
     steps = []
     for index, step in enumerate(recipe.steps):
         for variant in step.variants:
             options = dataclasses.asdict(recipe.options[index, variant])
+            if options.get("method") != "soft_top_k":
+                options.pop("masks", None)
             steps.append({"name": step.name, "variant": variant, "options": options})
             label = step.name + (f" ({variant})" if variant else "")
             shown = ", ".join(f"{k}={v}" for k, v in options.items() if v not in (None, (), {}))
@@ -48,3 +51,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             f"   export/{export.folder} from {'the float model' if export.is_float else export.variant or 'the model'}"
         )
     return {"teacher": recipe.teacher, "steps": steps, "lines": lines}
+
+
+def _ffn(anatomy: Anatomy) -> str:
+    """Return what a table says of the FFNs."""
+    parts = [f"FFN {max(anatomy.ffn_width)}"] if max(anatomy.ffn_width) else []
+    mixture = next(filter(None, anatomy.experts), None)
+    return ", ".join(parts + ([f"{mixture.count} experts of {mixture.width:,} units"] if mixture else []))
+
+
+def require_carried(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Raise UnsupportedModel for steps of the recipe that do not carry a model like the teacher, before any work."""
+    for name in ("quantize", "export"):
+        if any(step.name == name for step in recipe.steps):
+            require_dense(anatomy, name)

@@ -5,6 +5,7 @@
     data: {train: [...], calibration: ..., evaluation: ...}
     steps:
       - prune: {ffn_keep: 0.5}
+      - prune_and_distill: {rounds: 3, prune: {...}, distill: {...}}        # `prune_rounds`
       - quantize: {apple: {scheme: palettize}, onnx: {scheme: integer}}     # variants
 
 Unknown keys, wrong types, steps in an impossible order: all are collected and raised as one RecipeError.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +26,19 @@ from typing import Any
 import yaml
 
 from dwindle.errors import RecipeError, did_you_mean
+from dwindle.pipeline import prune_rounds
 from dwindle.pipeline.option_values import fill
 
 __all__ = ["ORDER", "Recipe", "StepSpec", "parse_overrides"]
 
-ORDER = {"prune": 0, "distill": 0, "quantize": 1, "export": 2, "validate": 3}
+ORDER = {"correct_teacher": 0, "prune": 0, "distill": 0, "quantize": 1, "export": 2, "validate": 3}
 """A step may follow a step of the same or a lower rank: prune and distill may alternate, nothing is trained or cut
 after quantize (the codes are final), nothing is validated before it is exported."""
 
 OPTIONS = {
     "data": ("dwindle.data", "DataOptions"),
     "prune": ("dwindle.prune", "PruneOptions"),
+    "correct_teacher": ("dwindle.distill", "CorrectTeacherOptions"),
     "distill": ("dwindle.distill", "DistillOptions"),
     "quantize": ("dwindle.quantize", "QuantizeOptions"),
     "export": ("dwindle.pipeline.export_plan", "ExportStepOptions"),
@@ -42,6 +46,8 @@ OPTIONS = {
 }
 """Where the option type of each section lives; its field names are the keys of the recipe."""
 
+_STEPS = (*ORDER, prune_rounds.NAME)
+"""What may stand in `steps`."""
 _TOP = ("version", "name", "teacher", "data", "steps", "seed")
 _TEACHER = ("model", "trust_remote_code")
 
@@ -83,6 +89,8 @@ class StepSpec:
 
     name: str
     variants: Mapping[str | None, Mapping[str, Any]]
+    place: str = ""
+    """Where it stands in the recipe, for messages."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +150,12 @@ class Recipe:
         options: dict[tuple[int, str | None], Any] = {}
         for index, step in enumerate(steps):
             for variant, values in step.variants.items():
-                place = f"steps[{index}].{step.name}" + (f".{variant}" if variant else "")
+                place = step.place + (f".{variant}" if variant else "")
                 kind = _option_type(step.name)
                 options[index, variant] = fill(kind, _seeded(kind, values, seed), place, problems)
         data_kind = _option_type("data")
         data = fill(data_kind, _seeded(data_kind, merged.get("data") or {}, seed), "data", problems)
+        problems = list(dict.fromkeys(problems))  # rounds share their options, and their mistakes
         if problems:
             raise RecipeError(
                 f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems)
@@ -161,9 +170,17 @@ def _option_type(section: str) -> type[Any]:
 
 
 def _seeded(kind: type[Any], values: Any, seed: Any) -> Any:
-    """Return the values with the recipe's seed where the section takes one and names none of its own."""
-    takes_seed = any(f.name == "seed" for f in dataclasses.fields(kind))
-    return {"seed": seed, **values} if takes_seed and isinstance(values, Mapping) else values
+    """Return the values with the recipe's seed where the section, or options inside it, take one and name none."""
+    if not isinstance(values, Mapping):
+        return values
+    hints, seeded = typing.get_type_hints(kind), dict(values)
+    for field_ in dataclasses.fields(kind):
+        name, inner = field_.name, hints[field_.name]
+        if name == "seed":
+            seeded.setdefault(name, seed)
+        elif dataclasses.is_dataclass(inner) and any(f.name == "seed" for f in dataclasses.fields(inner)):
+            seeded[name] = _seeded(typing.cast("type[Any]", inner), seeded.get(name, {}), seed)
+    return seeded
 
 
 def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
@@ -179,9 +196,9 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
         problems += [f"teacher.{k} is unknown{did_you_mean(str(k), _TEACHER)}." for k in teacher if k not in _TEACHER]
     listed = raw.get("steps")
     if not isinstance(listed, list) or not listed:
-        problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(ORDER)}).")
+        problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(_STEPS)}).")
         return []
-    steps = [step for i, entry in enumerate(listed) if (step := _step(i, entry, problems)) is not None]
+    steps = [step for i, entry in enumerate(listed) for step in _steps(i, entry, problems)]
     for before, after in itertools.pairwise(steps):
         if ORDER[after.name] < ORDER[before.name]:
             problems.append(
@@ -196,26 +213,33 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
     return steps
 
 
-def _step(index: int, entry: Any, problems: list[str]) -> StepSpec | None:
+def _steps(index: int, entry: Any, problems: list[str]) -> list[StepSpec]:
+    """Return the steps of one entry: one, or those of all rounds."""
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, Mapping) or len(entry) != 1:
         problems.append(f"steps[{index}]: found {entry!r}, needed one step name with its options.")
-        return None
+        return []
     name, values = next(iter(entry.items()))
-    if name not in ORDER:
-        problems.append(f"steps[{index}].{name} is unknown{did_you_mean(str(name), ORDER)}.")
-        return None
+    place = f"steps[{index}].{name}"
+    if name not in _STEPS:
+        problems.append(f"{place} is unknown{did_you_mean(str(name), _STEPS)}.")
+        return []
+    if name != prune_rounds.NAME:
+        return _step(str(name), values, place, problems)
+    single = prune_rounds.rounds(values, place, problems)
+    return [step for part, given in single for step in _step(part, given, f"{place}.{part}", problems)]
+
+
+def _step(name: str, values: Any, place: str, problems: list[str]) -> list[StepSpec]:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
-        problems.append(f"steps[{index}].{name}: found {values!r}, needed keys and values.")
-        return None
+        problems.append(f"{place}: found {values!r}, needed keys and values.")
+        return []
     has_variants = name == "quantize" and bool(values) and all(isinstance(v, Mapping) for v in values.values())
     if has_variants and any(not str(v).replace("-", "").replace("_", "").isalnum() for v in values):
-        problems.append(
-            f"steps[{index}].{name}: variant names are letters, digits, - and _; found {', '.join(values)}."
-        )
-    return StepSpec(str(name), {str(v): o for v, o in values.items()} if has_variants else {None: values})
+        problems.append(f"{place}: variant names are letters, digits, - and _; found {', '.join(values)}.")
+    return [StepSpec(name, {str(v): o for v, o in values.items()} if has_variants else {None: values}, place)]
 
 
 def parse_overrides(settings: Iterable[str]) -> list[tuple[list[str], Any]]:
@@ -238,7 +262,7 @@ def _with_overrides(raw: Mapping[str, Any], overrides: list[tuple[list[str], Any
     for keys, value in overrides:
         node: Any = merged
         path = list(keys)
-        if path[0] in ORDER:
+        if path[0] in _STEPS:
             node, path = _find_step(merged, path[0], ".".join(keys)), path[1:]
             if not path:
                 raise RecipeError(f"--set {'.'.join(keys)}: name an option too, as in {keys[0]}.OPTION=VALUE.")
@@ -254,13 +278,19 @@ def _with_overrides(raw: Mapping[str, Any], overrides: list[tuple[list[str], Any
 
 def _find_step(merged: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     listed = merged.get("steps")
-    found = [e for e in listed if isinstance(e, dict) and name in e] if isinstance(listed, list) else []
+    found = [entry for entry in _mappings(listed) if name in entry]
     if len(found) != 1:
-        raise RecipeError(f"--set {key}: the recipe has {len(found)} steps named {name}, needed exactly one.")
+        in_rounds = name in ("prune", "distill") and prune_rounds.NAME in itertools.chain(*_mappings(listed))
+        hint = f" Those of rounds are set as {prune_rounds.NAME}.{key}." if in_rounds else ""
+        raise RecipeError(f"--set {key}: the recipe has {len(found)} steps named {name}, needed exactly one.{hint}")
     if found[0][name] is None:
         found[0][name] = {}
     step: dict[str, Any] = found[0][name]
     return step
+
+
+def _mappings(listed: Any) -> list[dict[str, Any]]:
+    return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def _copied(value: Any) -> Any:

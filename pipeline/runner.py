@@ -18,10 +18,11 @@ from typing import Any
 from dwindle import devices, distill, export, prune, quantize
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
-from dwindle.data import TokenSets, build_token_sets
+from dwindle.data import DataOptions, TokenSets, build_token_sets, training_set
 from dwindle.measure import Meter
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
+from dwindle.pipeline.plan import require_carried
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.step_keys import code_sha256, plain, profile_sha256
@@ -29,11 +30,17 @@ from dwindle.pipeline.summary import artifact_line, step_line
 from dwindle.pipeline.write_reports import write_reports
 from dwindle.report import Artifact, Measurement, Report, Skipped, StepRecord, TargetVerdict
 from dwindle.storage import atomic_file, hash_folder, hash_json, require_space
+from dwindle.token_set import TokenSet
+from dwindle.tokenization import encoding_sha256
 
 __all__ = ["run"]
 
 _LOG = logging.getLogger("dwindle")
 Notify = Callable[[str], None]
+
+
+_ROOMS = {"correct_teacher": "distill"}
+"""Where the code of a step lies, if not in the room of its name."""
 
 
 @dataclass
@@ -75,6 +82,7 @@ class _Line:
         self.teacher = ModelBundle.load(
             recipe.teacher, trust_remote_code=recipe.trust_remote_code, torch_device=torch_device
         )
+        require_carried(recipe, self.teacher.anatomy)
         self._check_space()
         notify("data: tokenising and packing")
         self.data: TokenSets = build_token_sets(recipe.data, self.teacher.tokenizer, self.teacher.anatomy.context)
@@ -82,6 +90,7 @@ class _Line:
             with atomic_file(self.folder.path / "data" / "evaluation.txt") as place:
                 place.write_text(self.data.held_out_text, encoding="utf-8", newline="")
         self.meter = Meter(self.data.evaluation, self.teacher)
+        self._texts = {encoding_sha256(self.teacher.tokenizer): (self.data, self.meter)}
         self.data_sha256 = {s.role: s.sha256 for s in (self.data.train, self.data.calibration, self.data.evaluation)}
         self.report = Report(
             environment=environment(torch_device),
@@ -92,6 +101,19 @@ class _Line:
                 "recipe": recipe.name,
             },
         )
+
+    def _texts_of(self, bundle: ModelBundle) -> tuple[TokenSets, Meter]:
+        """Return the token sets and the meter in the bundle's own tokens: of the same text, where pruning cut them.
+
+        The keys of steps hash the sets of the teacher's tokenizer; these follow from them and the input model's hash.
+        """
+        digest = encoding_sha256(bundle.tokenizer)
+        if digest not in self._texts:
+            self.notify("data: tokenising and packing again, the vocabulary was cut")
+            sets = build_token_sets(self.recipe.data, bundle.tokenizer, self.teacher.anatomy.context,
+                                    counted_by=self.teacher.tokenizer)  # fmt: skip
+            self._texts[digest] = sets, Meter(sets.evaluation, self.teacher)
+        return self._texts[digest]
 
     def _check_space(self) -> None:
         size = self.teacher.size().bytes
@@ -113,13 +135,18 @@ class _Line:
     def run(self) -> Report:
         self.folder.log("start", recipe=self.recipe.name, data=self.data_sha256)
         ends = [self._measured_teacher()]
-        float_end = ends[0]
+        self.guide = float_end = ends[0]
         artifacts: list[tuple[Artifact, Path]] = []
         for index, step in enumerate(self.recipe.steps):
             if step.name == "export":
                 artifacts = self._export(index, ends, float_end)
             elif step.name == "validate":
                 self._validate(index, artifacts)
+            elif step.name == "correct_teacher":
+                corrected = self._transform(index, step, None, self.guide)
+                if ends[0].sha256 == self.guide.sha256:  # nothing was cut yet: the line goes on from it
+                    ends, float_end = [corrected], corrected
+                self.guide = corrected
             else:
                 ends = [self._transform(index, step, variant, end) for end in ends for variant in step.variants]
                 if step.name != "quantize":
@@ -160,7 +187,12 @@ class _Line:
         options = self.recipe.options[index, variant]
         label = step.name + (f" ({variant})" if variant else "")
         place = self.folder.step_folder(index + 1, step.name, variant)
-        key = self._key(step.name, variant, options, {"model": source.sha256}, step.name)
+        inputs = {"model": source.sha256}
+        if step.name == "distill":
+            inputs["guide"] = self.guide.sha256
+            if options.data is not None:
+                inputs["train"] = self._stage_set(options.data, self.teacher).sha256
+        key = self._key(step.name, variant, options, inputs, _ROOMS.get(step.name, step.name))
         entry = self.folder.cached(place, key)
         if entry is not None:
             self.notify(f"{label}: unchanged, taken over")
@@ -182,10 +214,10 @@ class _Line:
         def fill(partial: Path) -> dict[str, Any]:
             bundle.save(partial / "model")
             stored = ModelBundle.load(partial / "model", torch_device=self.device)
-            after = self.meter.measure(stored)
+            after = self._texts_of(stored)[1].measure(stored)
             whole = replace(
                 record,
-                skipped=record.skipped + _regression(step.name, source.measurement, after),
+                skipped=record.skipped + _regression(step.name, source.measurement, after) + _other_tokens(record),
                 variant=variant,
                 before=source.measurement,
                 after=after,
@@ -207,11 +239,23 @@ class _Line:
         return entry
 
     def _call(self, name: str, bundle: ModelBundle, options: Any, work: Path) -> tuple[ModelBundle, StepRecord]:
+        data = self._texts_of(bundle)[0]
         if name == "prune":
-            return prune.run(bundle, options, self.data.calibration)
+            return prune.run(bundle, options, data.calibration, train=data.train, folder=work)
+        if name == "correct_teacher":
+            return distill.correct_teacher(bundle, options, train_tokens=data.train, folder=work)
         if name == "distill":
-            return distill.run(bundle, options, teacher=self.teacher, train=self.data.train, folder=work)
-        return quantize.run(bundle, options, self.data.calibration, train=self.data.train, folder=work)
+            train = data.train if options.data is None else self._stage_set(options.data, bundle)
+            watched = None if options.evaluate_every is None else data.evaluation
+            guide = self.guide.loaded(self.device)
+            return distill.run(bundle, options, teacher=guide, train=train, folder=work, evaluation=watched)
+        return quantize.run(bundle, options, data.calibration, train=data.train, folder=work)
+
+    def _stage_set(self, options: DataOptions, bundle: ModelBundle) -> TokenSet:
+        """Return a step's own training set in the bundle's tokens, without what calibrates or measures."""
+        sets = self._texts_of(bundle)[0]
+        return training_set(options, bundle.tokenizer, self.teacher.anatomy.context,
+                            apart_from=(sets.calibration, sets.evaluation))  # fmt: skip
 
     # -- export and validate -------------------------------------------------------------------------------------
 
@@ -240,7 +284,8 @@ class _Line:
     def _fresh_export(self, plan: ExportPlan, source: _Stage, place: Path, record: Path, key: str) -> dict[str, Any]:
         with StepClock() as clock:
             bundle = source.loaded(self.device)
-            made = export.run(bundle, plan.options, place.parent, evaluation=self.data.evaluation)[0]
+            evaluation = self._texts_of(bundle)[0].evaluation
+            made = export.run(bundle, plan.options, place.parent, evaluation=evaluation)[0]
         artifact = replace(
             made,
             path=place.relative_to(self.folder.path).as_posix(),
@@ -285,6 +330,13 @@ class _Line:
             number, _, rest = child.name.partition("-")
             if not any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names):
                 shutil.rmtree(child)
+
+
+def _other_tokens(record: StepRecord) -> tuple[Skipped, ...]:
+    """Return a line for the report if a step cut the vocabulary: what is counted per token is then another thing."""
+    before, after = record.details.get("vocabulary") or (0, 0)
+    why = f"the vocabulary was cut from {before:,} to {after:,}, so they count other tokens; bits/byte compare"
+    return (Skipped("a comparison of nats/token across prune", why),) if before != after else ()
 
 
 def _regression(name: str, before: Measurement, after: Measurement) -> tuple[Skipped, ...]:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from dwindle.anatomy import module
 from dwindle.errors import DataError
+from dwindle.experts import mixture_module
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import require_tokenizer
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["batches", "check_calibration", "decode", "layer_input", "reading_names", "skipping", "watching"]
+__all__ = ["batches", "check_calibration", "decode", "hooked", "layer_input", "reading_names", "skipping", "watching",
+           "window_batches"]  # fmt: skip
 
 _BATCH_TOKENS = 4096
 
@@ -40,9 +42,14 @@ def check_calibration(bundle: ModelBundle, calibration: TokenSet) -> None:
 
 def batches(bundle: ModelBundle, calibration: TokenSet) -> Iterator[Tensor]:
     """Yield the windows [B, T] on the model's device, as many at a time as make `_BATCH_TOKENS` tokens."""
-    windows = max(1, _BATCH_TOKENS // calibration.ids.shape[1])
-    for batch in torch.split(calibration.ids, windows):
+    for batch in window_batches(calibration):
         yield batch.to(bundle.model.device)
+
+
+def window_batches(calibration: TokenSet) -> tuple[Tensor, ...]:
+    """Return the windows [B, T], as many at a time as make `_BATCH_TOKENS` tokens."""
+    windows = max(1, _BATCH_TOKENS // calibration.ids.shape[1])
+    return torch.split(calibration.ids, windows)
 
 
 def decode(bundle: ModelBundle, ids: Tensor) -> Tensor:
@@ -54,14 +61,23 @@ def decode(bundle: ModelBundle, ids: Tensor) -> Tensor:
 
 
 def reading_names(bundle: ModelBundle, layer: int) -> list[str]:
-    """Return one linear per place where the layer reads the hidden width: its attention's and its FFN's."""
+    """Return one module per place where the layer reads the hidden width: its attention's and its FFN's."""
     parts = bundle.anatomy.parts(layer)
+    if bundle.anatomy.experts_of(layer) is not None:
+        return [parts["q"], mixture_module(bundle.model, bundle.anatomy, layer)]
     return [parts["qkv" if bundle.anatomy.fused else "q"], parts["gate_up" if bundle.anatomy.fused else "gate"]]
 
 
 @contextlib.contextmanager
 def watching(bundle: ModelBundle, inputs: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:
     """Call a function with the input of each named module; where it returns a tensor, that takes the input's place."""
+    with hooked(bundle.model, inputs):
+        yield
+
+
+@contextlib.contextmanager
+def hooked(root: nn.Module, inputs: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:
+    """Do what `watching` does, for modules below any module."""
 
     def hook(watcher: Callable[[Tensor], Any]) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def call(_: nn.Module, given: tuple[Any, ...]) -> Any:
@@ -70,7 +86,7 @@ def watching(bundle: ModelBundle, inputs: Mapping[str, Callable[[Tensor], Any]])
 
         return call
 
-    handles = [module(bundle.model, name).register_forward_pre_hook(hook(watcher)) for name, watcher in inputs.items()]
+    handles = [module(root, name).register_forward_pre_hook(hook(watcher)) for name, watcher in inputs.items()]
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ W [O, I] reads activations x of which the kept entries x_k stay and the cut ones
 
 needs nothing but M = E x x^T (`moments`), and is W M_{:,k} M_kk^-1 for d = 0. d is a share (`damping`) of the mean of
 M_kk's diagonal and pulls towards the plain cut W_k, so a direction that the calibration text never shows stays as it
-was. It is done for down (FFN units) and o (KV groups); the result has the shapes of a plain cut. Reconstructing the
+was. It is done for down (FFN units, those of each expert on the tokens that pass it: `mixture_moments`) and o (KV
+groups); the result has the shapes of a plain cut. Reconstructing the
 output of the reading layer by least squares is He et al. 2017's (arXiv 1707.06168, section 3.1) for channels of
 convolutions. x is taken from the full model with the dropped layers stepped over.
 
@@ -16,29 +17,36 @@ Memory: one pass's moments (`moments`), and I^2 float64 for the solution.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dwindle.anatomy import module
 from dwindle.prune.calibration_pass import check_calibration
 from dwindle.prune.head_rows import head_rows
 from dwindle.prune.keep_plan import KeepPlan
+from dwindle.prune.mixture_moments import expert_moments
 from dwindle.prune.moments import input_moments
+from dwindle.prune.parameters import read_parameter
 from dwindle.token_set import TokenSet
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["refit", "refitted_readers"]
+__all__ = ["refit", "refits", "refitted_readers"]
 
 
 def refitted_readers(bundle: ModelBundle, plan: KeepPlan, calibration: TokenSet, damping: float) -> dict[str, Tensor]:
-    """Return by full name the new weights [O, kept] of every down and o that loses inputs.
+    """Return by full name (experts: that in files) the new weights [O, kept] of every down and o that loses inputs.
 
     Raises DataError for a set of another role or tokenizer, or windows longer than the model's context.
     """
+    return dict(refits(bundle, plan, calibration, damping))
+
+
+def refits(bundle: ModelBundle, plan: KeepPlan, calibration: TokenSet, damping: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and weights of `refitted_readers` one at a time, those of one layer after the other."""
     check_calibration(bundle, calibration)
     kept: dict[str, Tensor] = {}
     for keep in plan.layers:
@@ -49,11 +57,21 @@ def refitted_readers(bundle: ModelBundle, plan: KeepPlan, calibration: TokenSet,
             kept[parts["o"]] = head_rows(plan.shape, keep.kv_groups)
     stay = {keep.layer for keep in plan.layers}
     dropped = [layer for layer in range(plan.shape.layers) if layer not in stay]
-    found = {}
     for name, moment in input_moments(bundle, calibration, list(kept), dropped):
-        weight = module(bundle.model, name).get_parameter("weight").detach()
-        found[name] = refit(weight.cpu().double(), moment, kept[name], damping).to(weight)
-    return found
+        weight = read_parameter(bundle, f"{name}.weight")
+        yield name, refit(weight.cpu().double(), moment, kept[name], damping).to(weight)
+    narrowed = {
+        keep.layer: dict(zip(keep.kept_experts(plan.shape.experts), keep.expert_units, strict=True))
+        for keep in plan.layers
+        if keep.expert_units is not None
+    }
+    if narrowed:
+        experts = {layer: list(units) for layer, units in narrowed.items()}
+        for (layer, expert), moment in expert_moments(bundle, calibration, experts, dropped):
+            name = bundle.anatomy.expert_parts(layer, expert)["down"]
+            weight = read_parameter(bundle, f"{name}.weight")
+            units = torch.tensor(narrowed[layer][expert])
+            yield name, refit(weight.cpu().double(), moment, units, damping).to(weight)
 
 
 def refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: float) -> Tensor:

@@ -12,50 +12,64 @@ r"""How much each whole layer matters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dwindle.anatomy import module
-from dwindle.prune.calibration_pass import batches, check_calibration, decode, layer_input, skipping
+from dwindle.prune.calibration_pass import batches, check_calibration, decode, skipping
 from dwindle.prune.gradient_scores import window_losses
+from dwindle.prune.scores import ActivationSums, AxisScores
+from dwindle.prune.text_pass import run_pass
 from dwindle.token_set import TokenSet
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["block_influence", "leave_one_out"]
+__all__ = ["InfluenceSums", "activation_and_influence", "block_influence", "leave_one_out"]
 
 
-@torch.inference_mode()
 def block_influence(bundle: ModelBundle, calibration: TokenSet) -> Tensor:
     """Return the float64 scores [layers].
 
     Raises DataError for a set of another role or tokenizer, or windows longer than the model's context.
     """
     check_calibration(bundle, calibration)
-    anatomy = bundle.anatomy
-    totals = torch.zeros(anatomy.layers, dtype=torch.float64)
+    sums = InfluenceSums(bundle.anatomy.layers)
+    run_pass(bundle, calibration, {}, layers=sums.layers, purpose="scoring layers")
+    return sums.scores()
 
-    def adder(layer: int) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before, after = layer_input(args, kwargs), output[0] if isinstance(output, tuple) else output
-            totals[layer] += (1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).sum().cpu()
+
+def activation_and_influence(bundle: ModelBundle, calibration: TokenSet) -> AxisScores:
+    """Return the activation scores and the block influence of one pass."""
+    check_calibration(bundle, calibration)
+    units, layers = ActivationSums(bundle), InfluenceSums(bundle.anatomy.layers)
+    run_pass(bundle, calibration, units.inputs, layers=layers.layers, last=units.last, purpose="scoring")
+    return replace(units.scores(), layers=layers.scores())
+
+
+class InfluenceSums:
+    """Listens to a pass of the calibration text and gives the influence of every layer."""
+
+    def __init__(self, layers: int) -> None:
+        self._totals = torch.zeros(layers, dtype=torch.float64)
+        self._tokens = [0] * layers
+        self.layers = {layer: self._adder(layer) for layer in range(layers)}
+        """By layer: what to call with what it takes and gives."""
+
+    def _adder(self, layer: int) -> Callable[[Tensor, Tensor], None]:
+        def add(before: Tensor, after: Tensor) -> None:
+            turns = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            self._totals[layer] += turns.sum().cpu()
+            self._tokens[layer] += turns.numel()
 
         return add
 
-    handles = [
-        module(bundle.model, anatomy.layer_path(layer)).register_forward_hook(adder(layer), with_kwargs=True)
-        for layer in range(anatomy.layers)
-    ]
-    try:
-        for ids in batches(bundle, calibration):
-            decode(bundle, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return totals / calibration.tokens
+    def scores(self) -> Tensor:
+        """Return the mean over all tokens heard, float64 [layers]."""
+        return self._totals / torch.tensor(self._tokens)
 
 
 @torch.inference_mode()

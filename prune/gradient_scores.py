@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from dwindle.experts import mixture_module
 from dwindle.prune.calibration_pass import batches, check_calibration, decode, watching
+from dwindle.prune.mixture import masked_mixtures, mixtures_of
+from dwindle.prune.mixture_scores import per_layer
 from dwindle.prune.scores import AxisScores
 from dwindle.token_set import TokenSet
 
@@ -38,22 +41,25 @@ def gradient_axis_scores(bundle: ModelBundle, calibration: TokenSet, method: Lit
     Raises DataError for a set of another role or tokenizer, or windows longer than the model's context.
     """
     check_calibration(bundle, calibration)
-    anatomy = bundle.anatomy
+    anatomy, mixtures = bundle.anatomy, mixtures_of(bundle)
     totals: dict[str, Tensor] = {}
     for ids in batches(bundle, calibration):
         masks = _masks(bundle, len(ids))
-        with torch.enable_grad(), watching(bundle, _watchers(bundle, masks)):
+        mixed = {i: (masks[f"experts {i}"][:, 0], masks[f"expert units {i}"][:, 0]) for i in mixtures}
+        with torch.enable_grad(), watching(bundle, _watchers(bundle, masks)), masked_mixtures(bundle, mixtures, mixed):
             hidden = decode(bundle, ids) * masks["channels"]
             loss = window_losses(bundle, hidden, ids).sum()
         for name, found in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
-            slope = found.flatten(1).double().cpu()
+            slope = found.squeeze(1).double().cpu()
             sizes = slope.abs().sum(0) if method == "taylor" else slope.square().sum(0) / 2
             totals[name] = totals.get(name, torch.zeros(1)) + sizes
     layers = range(anatomy.layers)
     return AxisScores(
-        ffn=[totals[f"ffn {layer}"] for layer in layers],
-        groups=[totals[f"groups {layer}"] for layer in layers],
+        ffn=[totals.get(f"ffn {layer}", torch.zeros(0).double()) for layer in layers],
+        groups=[totals[f"groups {layer}"].flatten() for layer in layers],
         channels=totals["channels"],
+        experts=per_layer(anatomy.layers, {layer: totals[f"experts {layer}"] for layer in mixtures}),
+        expert_units=per_layer(anatomy.layers, {layer: totals[f"expert units {layer}"] for layer in mixtures}),
     )
 
 
@@ -70,12 +76,20 @@ def window_losses(bundle: ModelBundle, hidden: Tensor, ids: Tensor) -> Tensor:
 
 
 def _masks(bundle: ModelBundle, windows: int) -> dict[str, Tensor]:
-    """Return masks of ones, a row per window: [B, 1, F] and [B, 1, K, 1] per layer, and [B, 1, D] for all of them."""
+    """Return masks of ones, a row per window: [B, 1, F] and [B, 1, K, 1] per layer, and [B, 1, D] for all of them.
+
+    Layers with experts have [B, 1, E] and [B, 1, E, F] as well.
+    """
     anatomy = bundle.anatomy
     sizes: dict[str, tuple[int, ...]] = {"channels": (anatomy.width,)}
     for layer in range(anatomy.layers):
-        sizes[f"ffn {layer}"] = (anatomy.ffn_width[layer],)
+        if anatomy.ffn_width[layer]:
+            sizes[f"ffn {layer}"] = (anatomy.ffn_width[layer],)
         sizes[f"groups {layer}"] = (anatomy.kv_heads, 1)
+        experts = anatomy.experts_of(layer)
+        if experts is not None:
+            sizes[f"experts {layer}"] = (experts.count,)
+            sizes[f"expert units {layer}"] = (experts.count, experts.width)
     place = bundle.model.device
     return {name: torch.ones(windows, 1, *size, device=place, requires_grad=True) for name, size in sizes.items()}
 
@@ -85,16 +99,21 @@ def _watchers(bundle: ModelBundle, masks: dict[str, Tensor]) -> dict[str, Callab
     watchers: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def multiplied(mask: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda given: given * mask
+        # A shared expert has the tokens of all windows in one.
+        return lambda given: (given.reshape(len(mask), -1, given.shape[-1]) * mask).view_as(given)
 
     def by_group(mask: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda given: (given.reshape(*given.shape[:-1], anatomy.kv_heads, -1) * mask).flatten(-2)
 
     for layer in range(anatomy.layers):
         parts = anatomy.parts(layer)
-        watchers[parts["down"]] = multiplied(masks[f"ffn {layer}"])
         watchers[parts["o"]] = by_group(masks[f"groups {layer}"])
-        for part in ("qkv", "q", "k", "v", "gate_up", "gate", "up"):
+        if "down" in parts:
+            watchers[parts["down"]] = multiplied(masks[f"ffn {layer}"])
+        mixed = anatomy.experts_of(layer) is not None
+        for part in ("qkv", "q", "k", "v", *(() if mixed else ("gate_up", "gate", "up"))):
             if part in parts:
                 watchers[parts[part]] = multiplied(masks["channels"])
+        if mixed:  # router, experts and shared expert all read what their block is given
+            watchers[mixture_module(bundle.model, anatomy, layer)] = multiplied(masks["channels"])
     return watchers

@@ -1,22 +1,25 @@
-"""What stays: layers, and in each of them FFN units and KV groups, and the hidden width; as JSON to read and edit.
+"""What stays: layers, in each of them FFN units and KV groups, the hidden width, and tokens; as JSON to edit.
 
 A plan is decided before anything is cut, names the model it was made for by the hash of its weights, and predicts the
 parameters of the result exactly. Indices are ascending and those of the full model; `null` in the JSON keeps all.
 Every kept layer keeps equally many units and groups, so that one `intermediate_size` and one number of heads describe
-the result and any stock loader takes it. Edit the indices at will: `parameters_after` is counted again, and the
+the result and any stock loader takes it; so do all layers with experts, and all experts. In such a layer `ffn_units`
+are those of the shared expert. Edit the indices at will: `parameters_after` is counted again, and the
 shares of score are those of the choice the plan was made with.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwindle.errors import RecipeError, offenders
+from dwindle.experts import stored_parameter
 from dwindle.prune.shape import Shape
+from dwindle.prune.vocabulary_plan import VocabularyPlan
 from dwindle.storage import write_json
 
 if TYPE_CHECKING:
@@ -43,11 +46,25 @@ class LayerKeep:
     """Sum of the kept units' scores over the sum of all."""
     kv_score: float = 1.0
     """The same of the groups."""
+    experts: Indices | None = None
+    """Indices of the kept experts; None: all."""
+    expert_units: tuple[Indices, ...] | None = None
+    """For each kept expert the indices of its kept units; None: all."""
+    experts_score: float = 1.0
+    """The same share of the experts."""
+    expert_units_score: float = 1.0
+    """The same of the kept experts' units."""
 
     def __post_init__(self) -> None:
-        for name in ("ffn_units", "kv_groups"):
+        for name in ("ffn_units", "kv_groups", "experts"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.expert_units is not None:
+            object.__setattr__(self, "expert_units", tuple(map(tuple, self.expert_units)))
+
+    def kept_experts(self, experts: int) -> Indices:
+        """Return the indices of the experts that stay of so many."""
+        return tuple(range(experts)) if self.experts is None else self.experts
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class KeepPlan:
     """Share of the channels' scores (rotated: of the variance) that is kept."""
     layer_scores: tuple[float, ...] = ()
     """The score of every layer of the full model, where layers were chosen."""
+    vocabulary: VocabularyPlan | None = None
+    """The tokens that stay; None: all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -84,31 +103,46 @@ class KeepPlan:
 
     def _faults(self) -> Iterator[str]:
         yield from _index_faults("layers", tuple(keep.layer for keep in self.layers), self.shape.layers)
-        for name, size in (("ffn_units", self.shape.ffn_width), ("kv_groups", self.shape.kv_heads)):
+        mixed = [keep for keep in self.layers if self.shape.has_experts(keep.layer)]
+        dense = [keep for keep in self.layers if keep not in mixed]
+        for name, layers, size in (
+            ("ffn_units", dense, self.shape.ffn_width), ("ffn_units", mixed, self.shape.shared_width),
+            ("kv_groups", self.layers, self.shape.kv_heads), ("experts", mixed, self.shape.experts),
+        ):  # fmt: skip
             counts = set()
-            for keep in self.layers:
+            for keep in layers:
                 indices: Indices | None = getattr(keep, name)
                 counts.add(size if indices is None else len(indices))
                 if indices is not None:
                     yield from _index_faults(f"layer {keep.layer} {name}", indices, size)
             if len(counts) > 1:
                 yield f"layers keep different numbers of {name} {sorted(counts)}, one number is needed"
+        yield from _expert_faults(dense, mixed, self.shape)
         if self.channels is not None:
             yield from _index_faults("channels", self.channels, self.shape.width)
             if self.rotated or len(self.channels) != self.width:
                 yield f"width={self.width} and rotated={self.rotated} beside {len(self.channels)} channels"
         elif not (1 <= self.width <= self.shape.width if self.rotated else self.width == self.shape.width):
             yield f"width={self.width} of {self.shape.width} without channels or rotation"
+        if self.vocabulary is not None and self.vocabulary.vocabulary != self.shape.vocab:
+            yield f"tokens of a vocabulary of {self.vocabulary.vocabulary:,} for one of {self.shape.vocab:,}"
 
     @property
     def after(self) -> Shape:
         """Return the shape of the result. Turning the width unties a tied head: its norm's weight went into it."""
-        first, before = self.layers[0], self.shape
-        groups = before.kv_heads if first.kv_groups is None else len(first.kv_groups)
+        before = self.shape
+        kinds = {before.has_experts(keep.layer): keep for keep in reversed(self.layers)}
+        nothing = LayerKeep(0)
+        dense, mixed = kinds.get(False, nothing), kinds.get(True, nothing)
+        groups = _left(self.layers[0].kv_groups, before.kv_heads)
         return replace(
-            before, layers=len(self.layers), width=self.width, kv_heads=groups,
+            before.keeping([keep.layer for keep in self.layers]), width=self.width, kv_heads=groups,
             heads=groups * before.queries_per_group, tied=before.tied and not self.rotated,
-            ffn_width=before.ffn_width if first.ffn_units is None else len(first.ffn_units),
+            ffn_width=_left(dense.ffn_units, before.ffn_width),
+            shared_width=_left(mixed.ffn_units, before.shared_width),
+            experts=_left(mixed.experts, before.experts),
+            expert_width=before.expert_width if mixed.expert_units is None else len(mixed.expert_units[0]),
+            vocab=before.vocab if self.vocabulary is None else len(self.vocabulary.tokens),
         )  # fmt: skip
 
     @property
@@ -129,7 +163,11 @@ class KeepPlan:
     @property
     def ffn_units(self) -> tuple[Indices, ...]:
         """Return per kept layer the indices of its kept FFN units."""
-        return tuple(tuple(range(self.shape.ffn_width)) if k.ffn_units is None else k.ffn_units for k in self.layers)
+        sizes = [self.shape.units(keep.layer) for keep in self.layers]
+        return tuple(
+            tuple(range(size)) if keep.ffn_units is None else keep.ffn_units
+            for keep, size in zip(self.layers, sizes, strict=True)
+        )
 
     @property
     def kv_groups(self) -> tuple[Indices, ...]:
@@ -157,11 +195,14 @@ class KeepPlan:
                 f"prune plan: made for the model with the weights {self.model_sha256[:12]}, this one has "
                 f"{digest[:12]}. Make a plan from this model."
             )
+        if self.vocabulary is not None:
+            self.vocabulary.require(bundle)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object `save` writes."""
         counts = {"parameters_before": self.parameters_before, "parameters_after": self.parameters_after}
-        return {"schema": _SCHEMA, "kind": "keep_plan", **counts, **asdict(self)}
+        tokens = None if self.vocabulary is None else self.vocabulary.to_json()
+        return {"schema": _SCHEMA, "kind": "keep_plan", **counts, **asdict(self), "vocabulary": tokens}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KeepPlan:
@@ -175,7 +216,9 @@ class KeepPlan:
             raise RecipeError(f"this is no keep plan of schema {_SCHEMA} (found: {keys}).")
         try:
             shape, layers = Shape(**values.pop("shape")), tuple(LayerKeep(**keep) for keep in values.pop("layers"))
-            return cls(shape=shape, layers=layers, **values)
+            tokens = values.pop("vocabulary", None)
+            vocabulary = None if tokens is None else VocabularyPlan.from_json(tokens)
+            return cls(shape=shape, layers=layers, vocabulary=vocabulary, **values)
         except (KeyError, TypeError) as error:
             raise RecipeError(f"this keep plan is incomplete or damaged: {error}.") from error
 
@@ -195,6 +238,31 @@ def _index_faults(name: str, indices: Indices, size: int) -> Iterator[str]:
         yield f"{name} (index {indices[0] if indices[0] < 0 else indices[-1]} of {size})"
 
 
+def _expert_faults(dense: Sequence[LayerKeep], mixed: Sequence[LayerKeep], shape: Shape) -> Iterator[str]:
+    for keep in dense:
+        if keep.experts is not None or keep.expert_units is not None:
+            yield f"layer {keep.layer} experts (it has none)"
+    widths = set()
+    for keep in mixed:
+        kept = keep.kept_experts(shape.experts)
+        if len(kept) < shape.top_k:
+            yield f"layer {keep.layer} experts ({len(kept)} where each token passes {shape.top_k})"
+        if keep.expert_units is None:
+            widths.add(shape.expert_width)
+            continue
+        if len(keep.expert_units) != len(kept):
+            yield f"layer {keep.layer} expert_units ({len(keep.expert_units)} lists for {len(kept)} experts)"
+        for expert, units in zip(kept, keep.expert_units, strict=False):
+            widths.add(len(units))
+            yield from _index_faults(f"layer {keep.layer} expert {expert}", units, shape.expert_width)
+    if len(widths) > 1:
+        yield f"experts keep different numbers of units {sorted(widths)}, one number is needed"
+
+
+def _left(indices: Indices | None, size: int) -> int:
+    return size if indices is None else len(indices)
+
+
 def require_float(bundle: ModelBundle) -> None:
     """Raise RecipeError for a quantized model: its codes cannot be cut without quantizing again."""
     if bundle.quantized:
@@ -205,9 +273,13 @@ def weights_sha256(bundle: ModelBundle) -> str:
     """Return one hash over the weights as stored, tensor by tensor: the same with every version of transformers."""
     import torch
 
+    from dwindle.prune.parameters import parameter_names, read_parameter, row_slices
+
     digest = hashlib.sha256()
-    for name, parameter in sorted(bundle.model.named_parameters()):
-        tensor = parameter.detach().to(bundle.storage_dtype).cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name in parameter_names(bundle):
+        shape = stored_parameter(bundle.model, bundle.anatomy, name).shape
+        digest.update(f"{name}\0{bundle.storage_dtype}\0{list(shape)}\n".encode())
+        for start, stop in row_slices(shape):
+            rows = read_parameter(bundle, name, start, stop).to(bundle.storage_dtype).cpu().contiguous()
+            digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

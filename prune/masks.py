@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dwindle.anatomy import require_dense
 from dwindle.divergence import forward_kl
 from dwindle.errors import DataError, RecipeError
 from dwindle.prune.keep_plan import require_float
@@ -130,10 +131,12 @@ def train_masks(
     where it stopped. The bundle's model is left as it is.
 
     Raises RecipeError for a quantized model, shares that remove nothing or everything, or scores of another shape, and
-    DataError for evaluation text, tokens of another tokenizer or windows longer than the context.
+    DataError for evaluation text, tokens of another tokenizer or windows longer than the context, UnsupportedModel for
+    a model with experts.
     """
     options = MaskOptions() if options is None else options
     require_float(bundle)
+    require_dense(bundle.anatomy, "prune by trained masks")
     anatomy = bundle.anatomy
     kept = _kept_units(bundle, keep)
     windows = _training_windows(bundle, tokens)

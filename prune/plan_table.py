@@ -19,7 +19,8 @@ def plan_table(plan: KeepPlan) -> str:
         f"parameters {before.parameters:,} -> {after.parameters:,} ({after.parameters / before.parameters:.1%}), "
         f"layers {before.layers} -> {after.layers}, {width}{', along principal axes' if plan.rotated else ''}; "
         f"chosen by {plan.method}",
-        f"{'layer':>5}  {'FFN units':26}  {'KV groups':22}  {'layer score':>11}",
+        *_tokens(plan),
+        f"{'layer':>5}  {'FFN units':26}  {_expert_head(plan)}{'KV groups':22}  {'layer score':>11}",
     ]
     for layer in range(before.layers):
         score = f"{plan.layer_scores[layer]:11.4g}" if plan.layer_scores else f"{'':11}"
@@ -27,12 +28,34 @@ def plan_table(plan: KeepPlan) -> str:
     return "\n".join(lines)
 
 
+def _tokens(plan: KeepPlan) -> list[str]:
+    if plan.vocabulary is None:
+        return []
+    found = plan.vocabulary
+    return [
+        f"vocabulary {found.vocabulary:,} -> {len(found.tokens):,} ({found.coverage:.3%} of {found.corpus_tokens:,} "
+        f"tokens counted are kept ones; {found.seen:,} different ones were, {found.essential:,} stay in any case)"
+    ]
+
+
 def _row(plan: KeepPlan, keep: LayerKeep | None) -> str:
     if keep is None:
-        return f"{'dropped':26}  {'dropped':22}"
-    units = _change(plan.shape.ffn_width, plan.after.ffn_width, keep.ffn_score)
-    groups = _change(plan.shape.kv_heads, plan.after.kv_heads, keep.kv_score)
-    return f"{units:26}  {groups:22}"
+        experts = f"{'dropped':20}  {'dropped':26}  " if plan.shape.experts else ""
+        return f"{'dropped':26}  {experts}{'dropped':22}"
+    before, after = plan.shape, plan.after
+    mixed = before.has_experts(keep.layer)
+    ffn_width = after.shared_width if mixed else after.ffn_width
+    units = _change(before.units(keep.layer), ffn_width, keep.ffn_score) if before.units(keep.layer) else "none"
+    groups = _change(before.kv_heads, after.kv_heads, keep.kv_score)
+    if not before.experts:
+        return f"{units:26}  {groups:22}"
+    experts = _change(before.experts, after.experts, keep.experts_score) if mixed else "none"
+    width = _change(before.expert_width, after.expert_width, keep.expert_units_score) if mixed else "none"
+    return f"{units:26}  {experts:20}  {width:26}  {groups:22}"
+
+
+def _expert_head(plan: KeepPlan) -> str:
+    return f"{'experts':20}  {'units of each':26}  " if plan.shape.experts else ""
 
 
 def _change(before: int, after: int, score: float) -> str:

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dwindle.families import FAMILIES
-from dwindle.prune.calibration_pass import batches, check_calibration, decode, skipping, watching
+from dwindle.families import FAMILIES, MIXTURES
+from dwindle.prune.calibration_pass import check_calibration
 from dwindle.prune.shape import Shape
+from dwindle.prune.text_pass import run_pass
 from dwindle.token_set import TokenSet
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ __all__ = ["principal_axes", "turning_refusal"]
 def turning_refusal(anatomy: Anatomy, after: Shape) -> str | None:
     """Return why a model cannot be turned into one of the shape `after` (its head untied), or None if it can."""
     if anatomy.traits.norm_layout != "pre" or anatomy.traits.norm_offset:
-        able = sorted(name for name, row in FAMILIES.items() if row.norm_layout == "pre" and not row.norm_offset)
+        able = sorted(
+            name for name, row in {**FAMILIES, **MIXTURES}.items() if row.norm_layout == "pre" and not row.norm_offset
+        )
         return (
             f"rotate cannot turn the width of {anatomy.model_type}: its norms stand behind what writes to the "
             "residual stream, so their weights cannot be folded into what reads it; families that can be turned: "
@@ -76,9 +79,7 @@ def principal_axes(bundle: ModelBundle, calibration: TokenSet, layers: Iterable[
         name: add for layer in stay for name in [*anatomy.layer_norms(layer)[:2]]
     }
     dropped = [layer for layer in range(anatomy.layers) if layer not in stay]
-    with skipping(bundle, dropped), watching(bundle, {**watchers, anatomy.final_norm: add}):
-        for ids in batches(bundle, calibration):
-            decode(bundle, ids)
+    run_pass(bundle, calibration, {**watchers, anatomy.final_norm: add}, skipped=dropped, purpose="principal axes")
     variances, axes = torch.linalg.eigh(total)
     axes, variances = axes.flip(1), variances.flip(0).clamp(min=0)
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()

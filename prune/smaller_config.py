@@ -2,7 +2,8 @@
 
 Every number of the new shape is written out, `head_dim` always: most families would else divide the new width by the
 new number of heads. Lists per layer (`layer_types`, `no_rope_layers`) keep the entries of the layers that stay. A width
-cut from D to D' scales eps by D / D'; see `surgery`.
+cut from D to D' scales eps by D / D'; see `surgery`. Where only some layers have experts, `mlp_only_layers` lists the
+others.
 
 transformers 5 refuses a Llama whose width is no multiple of its heads, although `head_dim` makes the rule moot. Such a
 model is written as an architecture with the same mathematics: Mistral without a sliding window, or, with biases,
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dwindle.families import family_of
 from dwindle.model_source import quiet_transformers, separate_rope
 
 if TYPE_CHECKING:
@@ -51,9 +53,27 @@ def smaller_config(bundle: ModelBundle, plan: KeepPlan) -> PretrainedConfig:
         num_attention_heads=after.heads, num_key_value_heads=after.kv_heads, head_dim=after.head_dim,
         tie_word_embeddings=after.tied, rms_norm_eps=config.rms_norm_eps * plan.shape.width / after.width,
     )  # fmt: skip
+    raw.update(_expert_keys(after, config.intermediate_size))
     with quiet_transformers():
         made: PretrainedConfig = transformers.CONFIG_MAPPING[kind].from_dict(raw)
     return made
+
+
+def _expert_keys(after: Shape, ffn_width: int) -> dict[str, Any]:
+    """Return what the config says of experts; which layers have none is listed, whatever the full model's rule was.
+
+    The full model's `ffn_width` stays where no layer has such an FFN: a number is needed there.
+    """
+    keys = family_of(after.model_type).experts
+    if keys is None:
+        return {}
+    found: dict[str, Any] = {"intermediate_size": after.ffn_width if after.dense_layers else ffn_width}
+    found |= {keys.count_key: after.experts, keys.width_key: after.expert_width}
+    if keys.shared_width_key:
+        found[keys.shared_width_key] = after.shared_width
+    if keys.in_some_layers:
+        found |= {"decoder_sparse_step": 1, "mlp_only_layers": list(after.dense_layers)}
+    return found
 
 
 def _same_kind(bundle: ModelBundle, plan: KeepPlan) -> dict[str, Any]:

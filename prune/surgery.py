@@ -15,30 +15,36 @@ What the result computes is exactly the full model with the same things masked:
   eps without having lost width: q and k are scaled by the root of its growth, which their norm takes out again; over
   N of N' heads' rows the same identity holds. Gemma scales its embedding by sqrt(width): the embedding takes
   sqrt(D / D'), and a tied head's surplus of it is taken out of the final norm.
+- **Experts**: router rows go with their experts. The reference has the router's scores of the others -inf before its
+  softmax, so that they are never chosen and the weights of the chosen sum up without them, as the family does it.
+- **Units of experts**: as FFN units, each expert its own. A shared expert is cut like an FFN; router and the gate of a
+  shared expert read the hidden width as gate and up do.
 - **Turned width** (`rotation`): the same with channels along the principal axes, that is with what the embedding, o
   and down give projected onto them.
 
 With `readers` (`compensation`) down and o have other weights; the reference then has those.
 
-Memory: the full model plus the pruned one.
+Memory: the full model plus the pruned one; of a checkpoint that stays on disk (`folder_step`) one layer of each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dwindle.anatomy import Part, module
+from dwindle.anatomy import Part, anatomy_of, module
 from dwindle.errors import RecipeError
+from dwindle.experts import built_layout
 from dwindle.model_source import quiet_transformers
 from dwindle.prune.head_rows import group_rows, head_rows
 from dwindle.prune.keep_plan import KeepPlan, LayerKeep, require_float
+from dwindle.prune.parameters import read_parameter, row_slices
 from dwindle.prune.smaller_config import smaller_config
 
 if TYPE_CHECKING:
@@ -46,7 +52,7 @@ if TYPE_CHECKING:
 
     from dwindle.bundle import ModelBundle
 
-__all__ = ["apply"]
+__all__ = ["Cut", "apply"]
 
 
 def apply(
@@ -55,16 +61,24 @@ def apply(
     """Return a new, smaller model; the bundle's own is left as it is.
 
     `readers` are refitted weights of down and o, `axes` [D, D] the principal axes a plan with `rotated` needs. Raises
-    RecipeError for a quantized model, a plan made for another one, or missing axes.
+    RecipeError for a quantized model, a plan made for another one, or missing axes. The vocabulary stays whole: it is
+    cut together with the tokenizer, by `cut_vocabulary`.
     """
     require_float(bundle)
     plan.require(bundle)
     if plan.rotated and axes is None:
         raise RecipeError("prune: the plan turns the hidden width, which needs calibration data. Give some.")
-    cut = _Cut(bundle, plan, readers or {}, axes[:, : plan.width] if plan.rotated and axes is not None else None)
+    made: dict[str, Tensor] = {}
+    cut = Cut(bundle, plan, made.__setitem__, axes)
     model = _unfilled(bundle, plan)
     with torch.no_grad():
-        model.load_state_dict(cut.tensors(), strict=True, assign=True)
+        cut.ends()
+        for new, keep in enumerate(plan.layers):
+            cut.layer(new, keep, readers or {})
+        if plan.after.tied:
+            made[f"{bundle.anatomy.head}.weight"] = made[f"{bundle.anatomy.embedding}.weight"]
+        built = built_layout(anatomy_of(model.config), made, model.state_dict().keys())
+        model.load_state_dict(built, strict=True, assign=True)
     model.tie_weights()
     return model.to(bundle.model.device).train(bundle.model.training)
 
@@ -93,49 +107,67 @@ def _unfilled(bundle: ModelBundle, plan: KeepPlan) -> PreTrainedModel:
 
 
 @dataclass
-class _Cut:
-    """Makes the tensors of the smaller model from those of the full one."""
+class Cut:
+    """Makes the tensors of the smaller model from those of the full one, and gives each away as it is made."""
 
     bundle: ModelBundle
     plan: KeepPlan
-    readers: Mapping[str, Tensor]
-    turn: Tensor | None
-    """[D, D'] float64, orthonormal columns."""
-    made: dict[str, Tensor] = field(default_factory=dict)
+    give: Callable[[str, Tensor], None]
+    """Takes a tensor's name in the smaller model and the tensor, which is nobody else's."""
+    axes: Tensor | None = None
+    """[D, D] float64: the principal axes that a plan with `rotated` needs."""
+    dtype: torch.dtype = torch.float32
+    """What the tensors are rounded to."""
+    tokens: Tensor | None = None
+    """Rows of embedding and head to keep; None: all."""
 
     def __post_init__(self) -> None:
+        self.turn = self.axes[:, : self.plan.width] if self.plan.rotated and self.axes is not None else None
+        """[D, D'] float64, orthonormal columns."""
         before, after = self.plan.shape, self.plan.after
         self.growth = math.sqrt(before.width / after.width)
         """sqrt(D / D')."""
         self.head_growth = math.sqrt(before.heads / after.heads)
         self.channels = None if self.plan.channels is None else torch.tensor(self.plan.channels)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state dict of the smaller model."""
+    def layer(self, new: int, keep: LayerKeep, readers: Mapping[str, Tensor]) -> None:
+        """Make the smaller model's layer `new` of what `keep` says; `readers` are refitted weights of down and o."""
         anatomy = self.bundle.anatomy
-        for new, keep in enumerate(self.plan.layers):
-            here = self.bundle.anatomy.layer_path(new)
-            for part, name in anatomy.parts(keep.layer).items():
-                self._linear(keep, part, name, here + name.removeprefix(anatomy.layer_path(keep.layer)))
-            for name in anatomy.layer_norms(keep.layer):
-                self._norm(keep, name, here + name.removeprefix(anatomy.layer_path(keep.layer)))
-        embedding = self._weight(anatomy.embedding)
+        here = anatomy.layer_path(new)
+        for part, name in anatomy.parts(keep.layer).items():
+            place = here + name.removeprefix(anatomy.layer_path(keep.layer))
+            self._linear(keep, part, name, place, readers.get(name))
+        for name in anatomy.layer_norms(keep.layer):
+            self._norm(keep, name, here + name.removeprefix(anatomy.layer_path(keep.layer)))
+        if self.plan.shape.has_experts(keep.layer):
+            self._mixture(new, keep, readers)
+
+    def ends(self) -> None:
+        """Make the embedding, the final norm, and the head where it is not the embedding."""
+        anatomy = self.bundle.anatomy
         scaled = anatomy.traits.embedding_scale != 1
-        head = embedding if anatomy.tied else self._weight(anatomy.head)
-        self._put(f"{anatomy.embedding}.weight", self._narrow(embedding, None) * (self.growth if scaled else 1))
-        if self.plan.after.tied:
-            self.made[f"{anatomy.head}.weight"] = self.made[f"{anatomy.embedding}.weight"]
-        else:
-            self._put(f"{anatomy.head}.weight", self._narrow(head, anatomy.final_norm))
+        self._table(anatomy.embedding, anatomy.embedding, None, self.growth if scaled else 1)
+        if not self.plan.after.tied:
+            stored = anatomy.embedding if anatomy.tied else anatomy.head
+            self._table(stored, anatomy.head, anatomy.final_norm, 1)
         final = 1.0 if scaled and anatomy.tied else self.growth
         self._put(f"{anatomy.final_norm}.weight", self._norm_weight(anatomy.final_norm, final))
-        return self.made
+
+    def _table(self, name: str, new: str, norm: str | None, factor: float) -> None:
+        """Make an embedding or head [V, D'], some rows at a time."""
+        vocab = self.plan.shape.vocab
+        made = torch.empty(vocab, self.plan.width, dtype=self.dtype)
+        for start, stop in row_slices((vocab, self.plan.shape.width)):
+            rows = read_parameter(self.bundle, f"{name}.weight", start, stop)
+            made[start:stop] = (self._narrow(rows, norm) * factor).float()
+        self.give(f"{new}.weight", made if self.tokens is None else made[self.tokens])
 
     def _weight(self, name: str, kind: str = "weight") -> Tensor:
-        return module(self.bundle.model, name).get_parameter(kind).detach()
+        return read_parameter(self.bundle, f"{name}.{kind}")
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        self.made[name] = tensor.to(torch.float32, copy=True).contiguous()
+        made = tensor.to(torch.float32).to(self.dtype)
+        self.give(name, (made.clone() if made is tensor else made).contiguous())
 
     def _narrow(self, weight: Tensor, norm: str | None) -> Tensor:
         """Return a weight [O, D] for D' channels; turning takes the weights of the norm before it along."""
@@ -168,7 +200,7 @@ class _Cut:
             weight = weight[rows.to(weight.device)].double() * self.head_growth
         self._put(f"{new}.weight", weight)
 
-    def _linear(self, keep: LayerKeep, part: Part, name: str, new: str) -> None:
+    def _linear(self, keep: LayerKeep, part: Part, name: str, new: str, refitted: Tensor | None) -> None:
         linear = module(self.bundle.model, name)
         writes, kept = part in ("o", "down"), self._kept(keep, part)
         biased = getattr(linear, "bias", None) is not None
@@ -176,7 +208,7 @@ class _Cut:
         if kept is not None:
             kept = kept.to(weight.device)
         if writes:
-            narrowed = self.readers[name] if name in self.readers else weight if kept is None else weight[:, kept]
+            narrowed = refitted if refitted is not None else weight if kept is None else weight[:, kept]
             weight, bias = self._written(narrowed), None if bias is None else self._written(bias)
         else:
             scale = self._normalized_scale(part)
@@ -186,6 +218,28 @@ class _Cut:
         self._put(f"{new}.weight", weight)
         if bias is not None:
             self._put(f"{new}.bias", bias)
+
+    def _mixture(self, new: int, keep: LayerKeep, readers: Mapping[str, Tensor]) -> None:
+        """Make router and experts, under their names in files."""
+        anatomy, kept = self.bundle.anatomy, keep.kept_experts(self.plan.shape.experts)
+        norm = anatomy.layer_norms(keep.layer)[1]
+        router = self._weight(anatomy.router(keep.layer))
+        rows = torch.tensor(kept, device=router.device)
+        self._put(f"{anatomy.router(new)}.weight", self._narrow(router[rows], norm))
+        if self.plan.shape.shared_width:
+            gate = self._weight(anatomy.shared_gate(keep.layer))
+            self._put(f"{anatomy.shared_gate(new)}.weight", self._narrow(gate, norm))
+        for place, expert in enumerate(kept):
+            units = None if keep.expert_units is None else torch.tensor(keep.expert_units[place], device=router.device)
+            names, places = anatomy.expert_parts(keep.layer, expert), anatomy.expert_parts(new, place)
+            for part in ("gate", "up"):
+                weight = self._weight(names[part])
+                self._put(f"{places[part]}.weight", self._narrow(weight if units is None else weight[units], norm))
+            down = readers.get(names["down"])
+            if down is None:
+                weight = self._weight(names["down"])
+                down = weight if units is None else weight[:, units]
+            self._put(f"{places['down']}.weight", self._written(down))
 
     def _normalized_scale(self, part: Part) -> float:
         """Return the factor on q and k that makes their norm's eps count as much as in the full model."""

@@ -2,7 +2,8 @@
 
 Ids are renumbered in their old order. The rows of embedding and head (and its bias) are selected, never computed: the
 pruned model's logits are the full model's at the kept ids. Config, generation config and all files of the tokenizer
-follow the new ids.
+follow the new ids. The result carries the map to the full vocabulary (`vocabulary_map`): to the first one, if it was
+cut before.
 
 Memory: the full model plus the pruned one; the full embedding and head are never copied.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from dwindle.anatomy import module
+from dwindle.anatomy import anatomy_of, module
 from dwindle.errors import RecipeError, offenders
 from dwindle.prune.keep_plan import require_float
 from dwindle.prune.token_id_settings import renumber
@@ -25,6 +26,7 @@ from dwindle.prune.tokenizer_surgery import rebuild
 from dwindle.prune.vocabulary import essential_tokens
 from dwindle.prune.vocabulary_plan import VocabularyPlan
 from dwindle.storage import hash_json
+from dwindle.vocabulary_map import VocabularyMap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from dwindle.bundle import ModelBundle
 
-__all__ = ["cut_vocabulary"]
+__all__ = ["cut_vocabulary", "with_plan_tokens"]
 
 
 def cut_vocabulary(bundle: ModelBundle, plan: VocabularyPlan) -> ModelBundle:
@@ -43,15 +45,28 @@ def cut_vocabulary(bundle: ModelBundle, plan: VocabularyPlan) -> ModelBundle:
     UnsupportedModel for a tokenizer that cannot be rebuilt.
     """
     require_float(bundle)
+    ends = [module(bundle.model, name) for name in (bundle.anatomy.embedding, bundle.anatomy.head)]
+    model: PreTrainedModel = copy.deepcopy(bundle.model, {id(p): p for end in ends for p in end.parameters()})
+    cut = with_plan_tokens(replace(bundle, model=model), plan)
+    options = {"vocabulary": [plan.vocabulary, len(plan.tokens)]}
+    return cut.derive(cut.model, "prune", options, {"plan": hash_json(plan.to_json())}).stored_dtype_rounded()
+
+
+def with_plan_tokens(bundle: ModelBundle, plan: VocabularyPlan) -> ModelBundle:
+    """Return the bundle with the plan's tokens only: its model is cut in place, its lineage left as it is.
+
+    Raises as `cut_vocabulary` does, before anything is changed.
+    """
     plan.require(bundle)
     pieces = read_pieces(bundle.tokenizer)
     _require_whole(plan, pieces, essential_tokens(bundle, pieces))
     rows = {old: new for new, old in enumerate(plan.kept)}
     tokenizer = rebuild(bundle.tokenizer, _token_ids(pieces, plan, rows), len(rows))
-    model = _cut_model(bundle, plan, rows)
-    options = {"vocabulary": [plan.vocabulary, len(rows)]}
-    derived = bundle.derive(model, "prune", options, {"plan": hash_json(plan.to_json())})
-    return replace(derived, tokenizer=tokenizer).stored_dtype_rounded()
+    mapped = VocabularyMap.between(bundle.tokenizer, tokenizer, plan.kept, plan.vocabulary)
+    if bundle.vocabulary_map is not None:
+        mapped = bundle.vocabulary_map.then(mapped)
+    _cut_model(bundle, plan, rows)
+    return replace(bundle, tokenizer=tokenizer, anatomy=anatomy_of(bundle.model.config), vocabulary_map=mapped)
 
 
 def _require_whole(plan: VocabularyPlan, pieces: Pieces, essential: set[int]) -> None:
@@ -73,11 +88,9 @@ def _token_ids(pieces: Pieces, plan: VocabularyPlan, rows: Mapping[int, int]) ->
     return tokens | {old: len(rows) + n for n, old in enumerate(beyond)}
 
 
-def _cut_model(bundle: ModelBundle, plan: VocabularyPlan, rows: Mapping[int, int]) -> PreTrainedModel:
-    """Return a copy of the model with the kept rows of embedding and head, and settings that name the new ids."""
-    kept = torch.tensor(plan.kept, device=bundle.model.device)
-    ends = [module(bundle.model, name) for name in (bundle.anatomy.embedding, bundle.anatomy.head)]
-    model: PreTrainedModel = copy.deepcopy(bundle.model, {id(p): p for end in ends for p in end.parameters()})
+def _cut_model(bundle: ModelBundle, plan: VocabularyPlan, rows: Mapping[int, int]) -> None:
+    """Leave the kept rows of embedding and head in the model, and settings that name the new ids."""
+    model, kept = bundle.model, torch.tensor(plan.kept, device=bundle.model.device)
     embedding, head = module(model, bundle.anatomy.embedding), module(model, bundle.anatomy.head)
     _select(embedding, kept)
     _select(head, kept)
@@ -90,9 +103,9 @@ def _cut_model(bundle: ModelBundle, plan: VocabularyPlan, rows: Mapping[int, int
         if padding is not None:
             setattr(part, "padding_idx", rows.get(padding))  # noqa: B010
     model.config.vocab_size = len(rows)
+    model.generation_config = copy.deepcopy(model.generation_config)  # cutting other axes hands the full model's on
     for settings in (model.config, model.generation_config):
         renumber(settings, rows)
-    return model
 
 
 def _select(part: nn.Module, kept: Tensor) -> None:

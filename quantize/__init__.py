@@ -6,12 +6,11 @@ a checkpoint that is larger than memory.
 
     what is asked     options, formats (what each runtime carries), layer_plan, device_target
     which bits        planning; sensitivity, window_gradients, joint_kl, allocation, bit_search, bit_plan, plan_table
-    calibration       decoder_blocks, calibration, layer_statistics, boundary_states, output_matching, coded_walk
+    calibration       calibration, layer_statistics, output_matching, coded_walk
     palettes          kmeans, bins, palettize, lnq
     integers          integers (RTN), hqq, gptq, group_search, awq
     learning          learned, trainable, own_text; qat, fake_quantize, clipping; tune; stand_in, matching
-    doing it          methods (who codes a layer), coding, step; folder_step, streaming, weight_source, streamed_blocks,
-                      shard_writer; layer_record, time_left
+    doing it          methods (who codes a layer), coding, step; folder_step, streaming; layer_record
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dwindle.boundary_states import BoundaryStates
 from dwindle.errors import DataError
-from dwindle.quantize.boundary_states import BoundaryStates
 from dwindle.quantize.layer_statistics import GuidedSums, InputSums, LayerStatistics, require_finite
-from dwindle.quantize.time_left import TimeLeft
+from dwindle.time_left import TimeLeft
 
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy, Part
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["ROW_GROUPS", "CalibratedBlock", "Labels", "LayerStatistics", "backward_walk", "block_gradients",
            "forward_walk", "require_tokens"]  # fmt: skip

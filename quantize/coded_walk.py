@@ -22,7 +22,7 @@ from dwindle.quantize.output_matching import match_outputs
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["coded_walk", "row_curvatures"]
 

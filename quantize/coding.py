@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.awq import equalize
 from dwindle.quantize.calibration import forward_walk
 from dwindle.quantize.coded_walk import coded_walk
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.layer_plan import LayerPlan
 from dwindle.quantize.learned import Descent, learn_jointly
 from dwindle.quantize.methods import layer_coder, layerwise_method, walk_of

@@ -17,24 +17,22 @@ from dwindle.clock import StepClock
 from dwindle.errors import RecipeError
 from dwindle.model_source import find_folder
 from dwindle.quantize.bit_plan import BitPlan
-from dwindle.quantize.layer_plan import plan_layers
+from dwindle.quantize.layer_plan import ModelShapes, plan_layers
 from dwindle.quantize.methods import layer_coder, layerwise_method, require_calibration, walk_of
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.planning import ModelToPlan
 from dwindle.quantize.planning import plan as make_plan
-from dwindle.quantize.streamed_blocks import StreamedBlocks
 from dwindle.quantize.streaming import quantize_checkpoint
-from dwindle.quantize.weight_source import WeightSource
 from dwindle.report import Measurement, StepRecord
+from dwindle.streamed_blocks import StreamedBlocks
+from dwindle.weight_source import WeightSource
 from dwindle.weights import spec_bits
 
 if TYPE_CHECKING:
     from dwindle.token_set import TokenSet
 
-__all__ = ["STREAMED_PARAMETERS", "needs_whole_model", "plan_folder", "run_folder"]
+__all__ = ["needs_whole_model", "plan_folder", "run_folder"]
 
-STREAMED_PARAMETERS = 500_000_000
-"""From so many parameters on, the command line works block by block."""
 _WHOLE_MODEL = ("awq", "qat")
 
 
@@ -64,7 +62,7 @@ def run_folder(
     with StepClock() as clock:
         source = WeightSource(find_folder(folder)[0])
         ready = _ready(source, device)
-        base = plan_layers(source.model_shapes, options)
+        base = plan_layers(ModelShapes.stored(source), options)
         chosen = make_plan(ready, options, calibration) if plan is None else plan
         formats = chosen.layer_plan(base)
         inputs = {} if calibration is None else {"calibration": calibration.sha256}
@@ -73,7 +71,7 @@ def run_folder(
             None if calibration is None else calibration.ids, options=asdict(options), inputs=inputs, seed=options.seed,
             device=device,
         )  # fmt: skip
-    shapes = source.model_shapes.shapes
+    shapes = ModelShapes.stored(source).shapes
     specs = {layer.name: layer.spec(shapes[layer.name]) for layer in formats.layers}
     details = {"scheme": options.scheme, "bits": options.bits, "method": method, "uses_calibration": bool(inputs),
                "notes": list(formats.notes), "plan": chosen.to_json(), "layers": layers}  # fmt: skip
@@ -83,7 +81,7 @@ def run_folder(
 
 def _ready(source: WeightSource, device: torch.device | str) -> ModelToPlan:
     sizes = [(name, math.prod(source.shape(name))) for name in source.names]
-    return ModelToPlan(source.model_shapes, lambda name: source.read(f"{name}.weight").float().to(device), sizes,
+    return ModelToPlan(ModelShapes.stored(source), lambda name: source.read(f"{name}.weight").float().to(device), sizes,
                        StreamedBlocks(source, device))  # fmt: skip
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from dwindle.quantize.layer_plan import LayerFormat
-from dwindle.quantize.time_left import TimeLeft
+from dwindle.time_left import TimeLeft
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["JointCurve", "JointKL"]
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dwindle.anatomy import require_dense
 from dwindle.errors import RecipeError, offenders
 from dwindle.quantize.formats import check_runtimes, runtime_notes
 from dwindle.quantize.options import INTEGER_BITS, PALETTE_BITS, QuantizeOptions, Scheme
@@ -35,6 +36,7 @@ from dwindle.weights import AffineWeight, PalettizedWeight, spec_bits
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
     from dwindle.bundle import ModelBundle
+    from dwindle.weight_source import WeightSource
 
 __all__ = ["LayerFormat", "LayerPlan", "ModelShapes", "group_size_for", "plan_layers", "require_storable"]
 
@@ -123,6 +125,11 @@ class ModelShapes:
         return cls(bundle.anatomy, shapes, bundle.storage_dtype, bundle.quantized)
 
     @classmethod
+    def stored(cls, source: WeightSource) -> ModelShapes:
+        """Return those of a checkpoint folder."""
+        return cls.from_anatomy(source.anatomy, source.storage_dtype)
+
+    @classmethod
     def from_anatomy(cls, anatomy: Anatomy, storage_dtype: torch.dtype, quantized: bool = False) -> ModelShapes:
         """Return those that a config alone implies."""
         shapes = {
@@ -206,6 +213,7 @@ def require_storable(tensors: Iterable[tuple[str, Tensor]], coded: Collection[st
 
 
 def _coded_names(anatomy: Anatomy) -> list[str]:
+    require_dense(anatomy, "quantize")
     """Return the modules that get codes: all linears, the embedding, and the head if it has a weight of its own."""
     return [*anatomy.linear_names(), anatomy.embedding, *([] if anatomy.tied else [anatomy.head])]
 

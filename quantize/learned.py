@@ -51,7 +51,7 @@ from dwindle.quantize.trainable import TrainableIntegers, TrainablePalettes, tra
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["Descent", "Learned", "learn_block", "learn_blocks", "learn_jointly"]
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.anatomy import Part
-from dwindle.quantize.decoder_blocks import DecoderBlocks
+from dwindle.decoder_blocks import DecoderBlocks
 from dwindle.quantize.layer_statistics import InputSums, LayerStatistics, require_finite
 from dwindle.weights import QuantizedWeight
 

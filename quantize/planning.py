@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dwindle.decoder_blocks import DecoderBlocks, InMemoryBlocks
 from dwindle.errors import RecipeError
 from dwindle.quantize.allocation import Choice, Target, reachable_bits
 from dwindle.quantize.bit_plan import BitPlan, rest_of
 from dwindle.quantize.bit_search import allocated_formats, search_plan
 from dwindle.quantize.calibration import backward_walk, forward_walk
 from dwindle.quantize.coded_walk import row_curvatures
-from dwindle.quantize.decoder_blocks import DecoderBlocks, InMemoryBlocks
 from dwindle.quantize.formats import carried_bits
 from dwindle.quantize.joint_kl import JointKL
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan, ModelShapes, plan_layers

@@ -35,7 +35,7 @@ from dwindle.quantize.window_gradients import error_curvatures
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["Candidates", "Coder", "Grade", "Sensitivities", "error_sensitivities", "fisher_sensitivities",
            "kl_sensitivities", "layer_choices"]  # fmt: skip

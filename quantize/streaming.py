@@ -31,13 +31,14 @@ from dwindle.quantize.coded_walk import coded_walk
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan, require_storable
 from dwindle.quantize.layer_record import layer_record, squares
 from dwindle.quantize.methods import Coder, Walk
-from dwindle.quantize.shard_writer import SHARD_BYTES, ShardWriter
-from dwindle.quantize.streamed_blocks import StreamedBlocks
-from dwindle.quantize.time_left import TimeLeft
-from dwindle.quantize.weight_source import WeightSource
 from dwindle.quantized_model import quantization_config
+from dwindle.shard_writer import SHARD_BYTES, ShardWriter
 from dwindle.storage import atomic_folder, require_space
+from dwindle.streamed_blocks import StreamedBlocks
+from dwindle.time_left import TimeLeft
 from dwindle.tokenizer_files import load_tokenizer
+from dwindle.vocabulary_map import VocabularyMap
+from dwindle.weight_source import WeightSource
 from dwindle.weights import AffineWeight, PalettizedWeight, QuantizedWeight
 
 __all__ = ["joined_rows", "quantize_checkpoint"]
@@ -85,7 +86,9 @@ def quantize_checkpoint(
         specs = {layer.name: work.specs[layer.name] for layer in plan.layers}
         skeleton.config.quantization_config = quantization_config(skeleton, specs, plan.tied)
         history = lineage.adding("quantize", options or {}, inputs or {})
-        ModelBundle(skeleton, tokenizer, source.anatomy, history, source.storage_dtype).write_description(partial)
+        bundle = ModelBundle(skeleton, tokenizer, source.anatomy, history, source.storage_dtype,
+                             VocabularyMap.read(found))  # fmt: skip
+        bundle.write_description(partial)
     _log.info("saved %s", output)
     return [work.records[layer.name] for layer in plan.layers]
 

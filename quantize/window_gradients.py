@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dwindle.quantize.boundary_states import BoundaryStates
+from dwindle.boundary_states import BoundaryStates
 from dwindle.quantize.calibration import block_gradients
 from dwindle.quantize.layer_plan import LayerFormat
-from dwindle.quantize.time_left import TimeLeft
+from dwindle.time_left import TimeLeft
 from dwindle.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from dwindle.quantize.decoder_blocks import DecoderBlocks
+    from dwindle.decoder_blocks import DecoderBlocks
 
 __all__ = ["error_curvatures"]
 

@@ -32,7 +32,17 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "olmo2": {"tie_word_embeddings": False},
 }  # fmt: skip
 
+_MIXTURE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 16},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+                  "head_dim": 16},
+}  # fmt: skip
+"""Router and experts: mixtral in all layers, normalized; qwen2_moe with a shared expert, and a dense layer 0."""
+
 TINY_FAMILIES = tuple(_FAMILY)
+TINY_MIXTURES = tuple(_MIXTURE)
 
 
 def _make_tokenizer() -> Any:
@@ -57,7 +67,7 @@ def _make_model(model_type: str, seed: int, overrides: dict[str, Any]) -> Any:
 
     from dwindle.anatomy import anatomy_of
 
-    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **_FAMILY[model_type], **overrides})
+    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **(_FAMILY | _MIXTURE)[model_type], **overrides})
     attention = "eager" if anatomy_of(config).traits.attention_softcap else "sdpa"
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -98,6 +108,49 @@ def tiny_bundle() -> Callable[..., Any]:
             _make_model(model_type, seed, overrides), _make_tokenizer(), name=f"tiny-{model_type}",
             storage_dtype=storage_dtype or torch.float32,
         )  # fmt: skip
+
+    return make
+
+
+_WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "town", "then", "a", "in", "of", "is", "was",
+          "his", "her", "house", "tree", "bird", "sing", "song", "long", "way"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def worded_tokenizer() -> Callable[..., Any]:
+    """Factory of a tokenizer with merges: 346 trained pieces and `<tool>`, 260 of them bytes and special tokens."""
+
+    def make(chat_template: Any = None) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=346, show_progress=False, special_tokens=["<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        backend.train_from_iterator([" ".join(_WORDS[i:] + _WORDS[:i]) * 3 for i in range(20)], trainer)
+        backend.add_tokens(["<tool>"])
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def worded(tiny_bundle: Callable[..., Any], worded_tokenizer: Callable[..., Any]) -> Callable[..., Any]:
+    """Factory of tiny bundles with that tokenizer: 352 rows, five of them without a token. Context 64."""
+
+    def make(family: str = "llama", chat_template: str | None = None, **overrides: Any) -> Any:
+        from dwindle.bundle import ModelBundle
+
+        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        bundle = tiny_bundle(family, vocab_size=352, **{**ids, **overrides})
+        return ModelBundle.from_model(bundle.model, worded_tokenizer(chat_template), name=f"worded-{family}")
 
     return make
 

@@ -1,4 +1,4 @@
-"""Commands on one model: prune, distill, evaluate. Each is a thin door to one function."""
+"""Commands on one model: prune, evaluate. Each is a thin door to one function."""
 
 from __future__ import annotations
 
@@ -21,61 +21,129 @@ from dwindle.pipeline.commands.shared import (
     output_option,
     save,
     seed_option,
-    teacher_option,
+    tell_written,
 )
 
-__all__ = ["distill", "evaluate", "prune"]
+__all__ = ["evaluate", "prune"]
 
 
-_PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "layers": "layers_keep"}
+_PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "layers": "layers_keep",
+          "experts": "experts_keep", "expert_width": "expert_width_keep", "vocabulary": "vocabulary_keep"}  # fmt: skip
 
 
 @click.command()
 @model_option
 @output_option
-@click.option("--keep", multiple=True, metavar="PART=SHARE", help="Share to keep of ffn, heads, width or layers, as "
-              "in ffn=0.5; may be given several times.")  # fmt: skip
-@click.option("--parameters", help="Cut FFN units, heads and layers down to so many parameters, as in 3B.")
+@click.option("--keep", multiple=True, metavar="PART=SHARE", help="Share to keep of ffn, heads, width, layers, "
+              "experts, expert_width or vocabulary, as in ffn=0.5; may be given several times.")  # fmt: skip
+@click.option("--vocabulary-size", help="Keep at most so many tokens, those that the text of -d holds most often.")
+@click.option("--parameters", help="Cut FFN units, heads, layers and experts down to so many parameters, as in 3B.")
 @click.option("--bytes", "byte_limit", help="The same in bytes of weights as stored, as in 1.5GB.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan instead of making one.")
-@click.option("--method", help="activation, taylor, fisher (these need -d) or magnitude.  [default: activation]")
+@click.option("--method", help="activation, taylor, fisher (these need -d), magnitude, or soft_top_k: masks of units "
+              "and heads, trained on the text of -d.  [default: activation]")  # fmt: skip
+@click.option("--masks", multiple=True, metavar="KEY=VALUE", help="How soft_top_k trains its masks, as in tokens=2M or "
+              "weight_rate=3e-4; may be given several times.")  # fmt: skip
 @click.option("--depth-method", help="block_influence or leave_one_out.  [default: block_influence]")
 @click.option("--rotate/--no-rotate", default=None, help="Cut the width along its principal axes.  [default: where the "
               "family allows it]")  # fmt: skip
 @click.option("--no-compensate", is_flag=True, help="Do not refit what reads the cut to what stays.")
-@data_option("Text the importance is measured on, and what is left refitted on.", required=False)
+@data_option("Text the importance is measured on, what is left refitted on, and tokens counted in.", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan as JSON; write nothing.")
 @seed_option
 @device_option
 @json_option
 def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None, plan_file: str | None,
-          no_compensate: bool, data: tuple[str, ...], dry_run: bool, seed: int, torch_device: str, as_json: bool,
-          **values: Any) -> None:  # fmt: skip
-    """Cut FFN units, heads, width or layers out of a model and write a smaller, stock checkpoint.
+          masks: tuple[str, ...], no_compensate: bool, data: tuple[str, ...], dry_run: bool, seed: int,
+          torch_device: str, as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Cut FFN units, heads, width, layers or tokens out of a model and write a smaller, stock checkpoint.
 
-    The plan is shown per layer: what it had, what it keeps, and how much of the score that is.
+    The plan is shown per layer: what it had, what it keeps, and how much of the score that is. Checkpoints of 500M
+    parameters and more are worked on layer by layer, unless the method needs the whole model in memory.
     """
     from dwindle import prune as room
-    from dwindle.data import DataOptions, calibration_set
+    from dwindle.data import DataOptions, calibration_set, training_set, training_texts
+    from dwindle.prune.folder_bundle import FolderBundle
     from dwindle.prune.plan_table import plan_table
 
-    budgeted = byte_limit is not None or values["parameters"] is not None
-    if (bool(keep) or budgeted) == bool(plan_file):
+    sized = byte_limit is not None or values["parameters"] is not None or values["vocabulary_size"] is not None
+    if (bool(keep) or sized) == bool(plan_file):
         raise RecipeError("prune: give either --keep ffn=SHARE (or --parameters, --bytes) or --plan FILE.")
     values.update(_shares(keep), bytes=byte_limit, compensate=False if no_compensate else None)
+    values["masks"] = {"seed": seed} | _mask_settings(masks)
     options = made_options(room.PruneOptions, values, "prune")
     given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
-    bundle = load(model, torch_device)
+    bundle = _to_prune(model, options, torch_device)
     calibration = None
     if data:
         calibration = calibration_set(DataOptions(train=data, seed=seed), bundle.tokenizer, bundle.anatomy.context)
-    made = given or room.plan(bundle, options, calibration)
+    corpora = training_texts(DataOptions(train=data)) if data else None
+    train = None
+    if data and options.method == "soft_top_k" and given is None:
+        train = training_set(DataOptions(train=data, seed=seed), bundle.tokenizer, bundle.anatomy.context)
+        if not dry_run:
+            _prune_by_masks(bundle, options, calibration, train, corpora, output, as_json)
+            return
+    made = given or room.plan(bundle, options, calibration, train, corpora=corpora)
     click.echo(plan_table(made), err=True)
     if dry_run:
         click.echo(json.dumps(made.to_json(), indent=2))
         return
+    if isinstance(bundle, FolderBundle):
+        tell_written(room.run_folder(bundle, output, options, calibration, keep_plan=made), output, as_json)
+        return
     pruned, record = room.run(bundle, options, calibration, keep_plan=made)
     save(pruned, record, output, as_json)
+
+
+def _prune_by_masks(bundle: Any, options: Any, calibration: Any, train: Any, corpora: Any, output: str,
+                    as_json: bool) -> None:  # fmt: skip
+    """Train masks, cut, show the plan and write. Cut off, the training goes on from its last checkpoint."""
+    import shutil
+
+    from dwindle import prune as room
+    from dwindle.prune.plan_table import plan_table
+
+    place = Path(output)
+    work = place.with_name(f".{place.name}.work")
+    pruned, record = room.run(bundle, options, calibration, train=train, corpora=corpora, folder=work)
+    click.echo(plan_table(room.KeepPlan.from_json(record.details["plan"])), err=True)
+    save(pruned, record, output, as_json)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _mask_settings(masks: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options that --masks names; raise RecipeError for anything but KEY=VALUE."""
+    values = {}
+    for item in masks:
+        key, _, value = item.partition("=")
+        if not key or not value or key in values:
+            raise RecipeError(f"--masks {item}: needed KEY=VALUE, each key once. Example: --masks tokens=2M")
+        values[key] = value
+    return values
+
+
+def _to_prune(model: str, options: Any, torch_device: str) -> Any:
+    """Return the bundle of a folder or id, in memory or, from `STREAMED_PARAMETERS` on, to be read layer by layer."""
+    import math
+
+    from dwindle.anatomy import anatomy_of
+    from dwindle.checkpoint_files import inspect_checkpoint
+    from dwindle.model_source import find_folder, load_config
+    from dwindle.prune.folder_bundle import FolderBundle
+    from dwindle.prune.folder_step import needs_whole_model
+    from dwindle.weight_source import STREAMED_PARAMETERS
+
+    folder = find_folder(model)[0]
+    config = load_config(folder)
+    weights = sum(math.prod(tensor.shape) for tensor in inspect_checkpoint(folder).tensors.values())
+    if weights < STREAMED_PARAMETERS:
+        return load(model, torch_device)
+    if whole := needs_whole_model(options, anatomy_of(config)):
+        notify(f"{weights:,} weights, all of them in memory: {' and '.join(whole)} needs the whole model")
+        return load(model, torch_device)
+    notify(f"{weights:,} weights: working layer by layer")
+    return FolderBundle.open(model, torch_device)
 
 
 def _shares(keep: tuple[str, ...]) -> dict[str, str]:
@@ -85,7 +153,7 @@ def _shares(keep: tuple[str, ...]) -> dict[str, str]:
         part, _, share = item.partition("=")
         if part not in _PARTS or not share or _PARTS[part] in values:
             raise RecipeError(
-                f"--keep {item}: needed, each once, ffn=SHARE, heads=SHARE, width=SHARE or layers=SHARE. "
+                f"--keep {item}: needed, each once, {', '.join(f'{name}=SHARE' for name in _PARTS)}. "
                 "Example: --keep ffn=0.5"
             )
         values[_PARTS[part]] = share
@@ -97,37 +165,6 @@ def _read_json(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
-
-
-@click.command()
-@teacher_option
-@model_option
-@data_option("Training text: files, folders or data set ids.")
-@output_option
-@click.option("--loss", "losses", multiple=True, metavar="NAME[=WEIGHT]", help="forward_kl, top1_blend=0.9, ...")
-@click.option("--tokens", help="Tokens to train on, as in 20M.")
-@click.option("--learning-rate", help="Peak learning rate.")
-@click.option("--batch-size", help="Windows per step.")
-@seed_option
-@device_option
-@json_option
-def distill(
-    teacher: str, model: str, data: tuple[str, ...], output: str, torch_device: str, as_json: bool, **values: Any
-) -> None:  # fmt: skip
-    """Train a student to follow its teacher. Cut off, it goes on from its last checkpoint."""
-    import shutil
-
-    from dwindle import distill as room
-    from dwindle.data import DataOptions, training_set
-
-    options = made_options(room.DistillOptions, values, "distill")
-    guide, student = load(teacher, torch_device), load(model, torch_device)
-    train = training_set(DataOptions(train=data, seed=options.seed), student.tokenizer, student.anatomy.context)
-    place = Path(output)
-    work = place.with_name(f".{place.name}.work")
-    trained, record = room.run(student, options, teacher=guide, train=train, folder=work)
-    save(trained, record, output, as_json)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 @click.command()

@@ -23,6 +23,7 @@ from dwindle.pipeline.commands.shared import (
     output_option,
     save,
     seed_option,
+    split_settings,
     step_line,
 )
 
@@ -70,10 +71,10 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     choose. Checkpoints of 500M parameters and more are worked on block by block.
     """
     from dwindle import quantize as room
-    from dwindle.quantize.folder_step import STREAMED_PARAMETERS, needs_whole_model
-    from dwindle.quantize.weight_source import WeightSource
+    from dwindle.quantize.folder_step import needs_whole_model
+    from dwindle.weight_source import STREAMED_PARAMETERS, WeightSource
 
-    own, of_data = _settings(settings, values)
+    own, of_data = split_settings(settings, values)
     options = made_options(room.QuantizeOptions, {**values, "seed": seed, **own}, "quantize")
     source = WeightSource(_folder(model))
     if target is not None:
@@ -102,20 +103,6 @@ def _folder(model: str) -> Path:
     from dwindle.model_source import find_folder
 
     return find_folder(model)[0]
-
-
-def _settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what `--set` gives to the quantize step and to the data; what a flag gives is not given twice."""
-    from dwindle.pipeline.recipe import parse_overrides
-
-    own: dict[str, Any] = {}
-    of_data: dict[str, Any] = {}
-    for keys, value in parse_overrides(settings):
-        name = ".".join(keys)
-        if values.get(name) not in (None, ()):
-            raise RecipeError(f"--set {name}: --{name.replace('_', '-')} gives it already. Give one of the two.")
-        (of_data if keys[0] == "data" else own)[name.removeprefix("data.")] = value
-    return own, of_data
 
 
 class _Texts:
@@ -158,9 +145,9 @@ def _plan(plan_file: str | None, source: Any, options: Any) -> Any:
     if plan_file is None:
         return None
     from dwindle.quantize.bit_plan import BitPlan
-    from dwindle.quantize.layer_plan import plan_layers
+    from dwindle.quantize.layer_plan import ModelShapes, plan_layers
 
-    known = source.model_shapes
+    known = ModelShapes.stored(source)
     base = plan_layers(known, options)
     return BitPlan.read(Path(plan_file), base, known.shapes, set(known.anatomy.linear_names()))
 

@@ -25,14 +25,14 @@ __all__ = [
     "output_option",
     "save",
     "seed_option",
+    "split_settings",
     "step_line",
-    "teacher_option",
+    "tell_written",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 model_option = click.option("-m", "--model", required=True, help="Model folder or Hugging Face id.")
-teacher_option = click.option("-t", "--teacher", required=True, help="Teacher: folder or Hugging Face id.")
 output_option = click.option("-o", "--output", required=True, type=click.Path(), help="Folder to write.")
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 device_option = click.option("--torch-device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
@@ -74,10 +74,13 @@ def load(name: str, torch_device: str = "cpu") -> Any:
 def step_line(record: Any) -> str:
     """Return one line on a step: sizes before and after, and its time."""
     before, after = record.before, record.after
+    linears = ""
+    if after.bits_per_weight_linear not in (None, after.bits_per_weight, before.bits_per_weight_linear):
+        linears = f" (the linears {after.bits_per_weight_linear:.2f})"
     return (
         f"{record.name}: {before.parameters:,} -> {after.parameters:,} parameters, "
         f"{before.bytes:,} -> {after.bytes:,} bytes, "
-        f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight, {record.seconds:.1f} s"
+        f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight{linears}, {record.seconds:.1f} s"
     )
 
 
@@ -86,5 +89,24 @@ def save(bundle: Any, record: Any, output: str, as_json: bool) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun every process has the result; the first one writes it
         return
     bundle.save(Path(output))
+    tell_written(record, output, as_json)
+
+
+def tell_written(record: Any, output: str, as_json: bool) -> None:
+    """Say what a step did, what it did not, and where the result is."""
     skipped = "".join(f"\nNot done: {s.what}: {s.why}" for s in record.skipped)
     emit(record.to_json(), f"{step_line(record)}{skipped}\nWritten: {output}", as_json)
+
+
+def split_settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `--set` gives to the step and to its data (`data.KEY`); what a flag gives is not given twice."""
+    from dwindle.pipeline.recipe import parse_overrides
+
+    own: dict[str, Any] = {}
+    of_data: dict[str, Any] = {}
+    for keys, value in parse_overrides(settings):
+        name = ".".join(keys)
+        if values.get(name) not in (None, ()):
+            raise RecipeError(f"--set {name}: --{name.replace('_', '-')} gives it already. Give one of the two.")
+        (of_data if keys[0] == "data" else own)[name.removeprefix("data.")] = value
+    return own, of_data

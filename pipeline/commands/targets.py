@@ -44,19 +44,35 @@ def show_device(name: str, as_json: bool) -> None:
         lines.append(
             f"  {label:38} {quantity.value:g} {quantity.unit}  [{quantity.trust}, {quantity.date}] {quantity.source}"
         )
+    for label, runtime in profile.runtimes.items():
+        formats = "; ".join(f"from {version} on {', '.join(new)}" for version, new in runtime.formats_by_os.items())
+        lines.append(f"  {f'runtimes.{label}':38} on {runtime.unit}, {formats}")
     emit(dataclasses.asdict(profile), "\n".join(lines), as_json)
 
 
 @devices.command("check")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(), required=False)
 @json_option
-def check_device(path: str, as_json: bool) -> int:
-    """Check a profile file; exit code 2 with every problem if it is not sound."""
-    from dwindle.devices import check_profile
+def check_device(path: str | None, as_json: bool) -> int:
+    """Check one profile file, or every known profile and how well the cost model predicts published measurements.
 
-    problems = check_profile(path)
-    emit({"path": path, "problems": problems}, "\n".join(problems) or f"{path}: sound", as_json)
-    return 2 if problems else 0
+    Exit code 2 with every problem if a profile is not sound.
+    """
+    from dwindle.devices import calibrate, check_profile
+    from dwindle.devices.device_profile import profile_files
+
+    if path is not None:
+        problems = check_profile(path)
+        emit({"path": path, "problems": problems}, "\n".join(problems) or f"{path}: sound", as_json)
+        return 2 if problems else 0
+    files = profile_files()
+    found = {name: problems for name, file in files.items() if (problems := check_profile(file))}
+    calibration = calibrate()
+    lines = [f"{files[name]}: {problem}" for name, problems in found.items() for problem in problems]
+    lines.append(f"{len(files) - len(found)} of {len(files)} profiles sound")
+    emit({"profiles": len(files), "problems": found, "calibration": calibration.to_json()},
+         "\n".join([*lines, calibration.text()]), as_json)  # fmt: skip
+    return 2 if found else 0
 
 
 @devices.command("add")

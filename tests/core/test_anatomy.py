@@ -5,11 +5,26 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from dwindle.anatomy import FAMILIES, anatomy_of, check_model, family_of, module, set_module, shape_problems
+from dwindle.anatomy import (
+    FAMILIES,
+    Experts,
+    anatomy_of,
+    check_model,
+    family_of,
+    module,
+    require_dense,
+    set_module,
+    shape_problems,
+)
+from dwindle.bundle import ModelBundle
 from dwindle.errors import UnsupportedModel
+from dwindle.experts import built_layout, mixture_module, name_expert_count, stored_layout, stored_parameter
+from dwindle.families import MIXTURES
 
 
 def _llama(**overrides):
@@ -164,3 +179,107 @@ def test_check_model_names_linears_of_another_shape(tiny_bundle):
     set_module(bundle.model, "model.layers.1.mlp.up_proj", nn.Linear(32, 48, bias=False))
     with pytest.raises(UnsupportedModel, match=r"1 linears.*layers\.1\.mlp\.up_proj \(48, 32\).*\(64, 32\)"):
         check_model(bundle.model, bundle.anatomy)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_names_of_a_mixture_are_those_that_transformers_writes(tiny_bundle, tmp_path, family):
+    """What stock `save_pretrained` stores is what the anatomy names, with the shapes that it says."""
+    bundle = tiny_bundle(family, tie_word_embeddings=False)
+    anatomy, model = bundle.anatomy, bundle.model
+    model.save_pretrained(tmp_path / "stock")
+    with safe_open(tmp_path / "stock" / "model.safetensors", framework="pt") as file:
+        stock = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    named = {f"{anatomy.embedding}.weight": (anatomy.vocab, anatomy.width),
+             f"{anatomy.head}.weight": (anatomy.vocab, anatomy.width)}  # fmt: skip
+    for layer in range(anatomy.layers):
+        for part, name in anatomy.parts(layer).items():
+            named[f"{name}.weight"] = anatomy.linear_shape(layer, part)
+            if anatomy.traits.qkv_bias and part in ("q", "k", "v"):
+                named[f"{name}.bias"] = anatomy.linear_shape(layer, part)[:1]
+        experts = anatomy.experts_of(layer)
+        if experts is None:
+            continue
+        named[f"{anatomy.router(layer)}.weight"] = (experts.count, anatomy.width)
+        if experts.shared:
+            named[f"{anatomy.shared_gate(layer)}.weight"] = (1, anatomy.width)
+        for expert in range(experts.count):
+            parts = anatomy.expert_parts(layer, expert)
+            named |= {f"{parts[part]}.weight": (experts.width, anatomy.width) for part in ("gate", "up")}
+            named[f"{parts['down']}.weight"] = (anatomy.width, experts.width)
+    norms = {f"{name}.weight" for name in anatomy.norm_names()}
+    assert stock.keys() - named.keys() == norms
+    assert named.items() <= stock.items()
+    assert {name: tuple(tensor.shape) for name, tensor in bundle.stored_tensors().items()} == stock
+    check_model(model, anatomy)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_split_and_joined_without_loss(tiny_bundle, tmp_path, family):
+    bundle = tiny_bundle(family)
+    anatomy, model = bundle.anatomy, bundle.model
+    state = model.state_dict()
+    stored = stored_layout(anatomy, state)
+    for name, tensor in stored.items():
+        assert torch.equal(stored_parameter(model, anatomy, name), tensor)
+    back = built_layout(anatomy, stored, state.keys())
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    block = module(model, mixture_module(model, anatomy, 1))
+    assert torch.equal(stored[f"{anatomy.router(1)}.weight"], block.gate.weight)
+    bundle.save(tmp_path / "model")
+    loaded = ModelBundle.load(tmp_path / "model")
+    assert loaded.content_sha256 == bundle.content_sha256
+    assert loaded.anatomy == anatomy
+
+
+def test_experts_of_every_layer(tiny_bundle):
+    assert tiny_bundle().anatomy.experts == ()
+    assert not tiny_bundle().anatomy.has_experts
+    mixtral = tiny_bundle("mixtral").anatomy
+    assert mixtral.experts == (Experts(count=6, width=64, top_k=2, normalized=True, shared=False),) * 2
+    assert (mixtral.ffn_width, mixtral.traits.windows) == ((0, 0), (8, 8))
+    qwen = tiny_bundle("qwen2_moe").anatomy
+    assert qwen.experts == (None, Experts(count=6, width=32, top_k=2, normalized=False, shared=True))
+    assert qwen.ffn_width == (64, 48)
+    assert qwen.parts(0)["down"] == "model.layers.0.mlp.down_proj"
+    assert qwen.parts(1)["down"] == "model.layers.1.mlp.shared_expert.down_proj"
+    every_other = tiny_bundle("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3]).anatomy
+    assert [one is not None for one in every_other.experts] == [False, True, False, False]
+    assert every_other.ffn_width == (64, 0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "found"),
+    [
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts=0 is not a whole number from 1"),
+        ("mixtral", {"num_experts_per_tok": 7}, "num_experts_per_tok=7 of num_local_experts=6"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size=None"),
+        ("qwen2_moe", {"use_sliding_window": True}, r"other layers a window in transformers 4\.57"),
+        ("qwen2_moe", {"head_dim": 6}, "hidden_size=32 is not num_attention_heads=4 times head_dim=6"),
+        ("qwen2_moe", {"qkv_bias": "no"}, "qkv_bias='no' is neither true nor false"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ("qwen3_moe", {"mlp_only_layers": ["a"]}, r"mlp_only_layers=\['a'\] is no list of layers"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers=3 is no list of layers"),
+    ],
+)
+def test_problems_of_mixtures(tiny_bundle, family, overrides, found):
+    config = tiny_bundle(family).model.config
+    assert shape_problems(config) == []
+    changed = _changed(config, **overrides)
+    for key in ("num_experts", "num_local_experts"):  # transformers 5 calls qwen3_moe's by either name
+        if not hasattr(changed, key):
+            setattr(changed, key, 6)
+    with pytest.raises(UnsupportedModel, match=found):
+        anatomy_of(changed)
+
+
+def test_the_number_of_experts_is_named_as_every_version_reads_it(tiny_bundle):
+    assert tiny_bundle("qwen3_moe").config_json()["num_experts"] == 6
+    assert tiny_bundle("mixtral").config_json()["num_local_experts"] == 6
+    assert name_expert_count({"model_type": "llama"}) == {"model_type": "llama"}
+
+
+def test_steps_without_experts_refuse_them(tiny_bundle):
+    require_dense(tiny_bundle().anatomy, "a step")
+    with pytest.raises(UnsupportedModel, match="a step: mixtral has mixtures of 6 experts in 2 of 2 layers"):
+        require_dense(tiny_bundle("mixtral").anatomy, "a step")

@@ -360,3 +360,28 @@ def test_the_embedding_scale_is_the_replaced_modules_own() -> None:
     skeleton[0].register_buffer("embed_scale", torch.tensor(2.0, device="meta"))
     replace_modules(skeleton, config)
     assert skeleton[0].output_scale != skeleton[0].output_scale
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_backward_pass_keeps_no_dense_weight_and_gives_the_dense_gradients(with_bias: bool) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(32) if with_bias else None
+    layer = QuantizedLinear.from_weight(palettized(torch.randn(32, 48), 4, 16), bias)
+    outputs, inputs = layer.out_features, layer.in_features
+    x = torch.randn(3, 5, inputs, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+    assert sum(sizes) < outputs * inputs
+    assert torch.equal(y.detach(), layer(x.detach()))
+    outer = torch.randn_like(y)
+    y.backward(outer)
+    dense = torch.nn.Linear(inputs, outputs, bias=with_bias)
+    dense.weight.data.copy_(layer.weight)
+    if bias is not None:
+        dense.bias.data.copy_(bias)
+    again = x.detach().clone().requires_grad_(True)
+    dense(again).backward(outer)
+    torch.testing.assert_close(x.grad, again.grad)
+    if bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)

@@ -261,8 +261,8 @@ def test_activation_checkpointing_gives_the_same_bits_and_keeps_less() -> None:
 def test_evaluations_stand_in_the_log_and_change_nothing(tmp_path: Path) -> None:
     modes = []
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        modes.append((model.training, torch.is_grad_enabled()))
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        modes.append((model.training, torch.is_grad_enabled(), step))
         torch.rand(3)
         return {"nats_per_token": float(len(modes))}
 
@@ -272,5 +272,5 @@ def test_evaluations_stand_in_the_log_and_change_nothing(tmp_path: Path) -> None
     result = train(watched, tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path, evaluate=evaluate)
     found = {line.step: line.parts.get("evaluation_nats_per_token") for line in result.history}
     assert found == {2: None, 4: None, 6: 1.0, 8: None, 10: 2.0, 12: 3.0}
-    assert modes == [(False, False)] * 3
+    assert modes == [(False, False, step) for step in (6, 10, 12)]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))

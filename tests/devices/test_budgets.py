@@ -16,6 +16,11 @@ from dwindle.errors import RecipeError
         ("package < 2 MiB", "package_bytes", 2 * 2**20),
         ("time_to_first_token <= 250ms", "time_to_first_token_seconds", 0.25),
         ("ttft <= 1.5s", "time_to_first_token_seconds", 1.5),
+        ("time_to_first_token_ms <= 300", "time_to_first_token_seconds", 0.3),
+        ("peak_memory <= 1.5GB", "peak_memory_bytes", 1.5e9),
+        ("package <= 1GB", "package_bytes", 1e9),
+        ("load <= 2s", "load_seconds", 2),
+        ("load_seconds <= 2", "load_seconds", 2),
     ],
 )
 def test_lines(line: str, metric: str, limit: float) -> None:
@@ -51,6 +56,11 @@ def test_the_harder_of_two_counts() -> None:
         ("memory >= 1GB", "good when low"),
         ("memory == 1GB", "good when low"),
         ("memory <= 1.5 parsec", "parsec is no unit"),
+        ("memory <= 1.5", r"1.5 of what\? Give a unit \(bytes"),
+        ("time_to_first_token <= 300", r"300 of what\? Give a unit \(s, ms"),
+        ("package <= 1GB @ 512", "length of a prompt, at least 1, for tokens_per_second"),
+        ("ttft <= 1s @ 0", "length of a prompt, at least 1"),
+        ("ttft <= 1s @ many", "is not METRIC"),
     ],
 )
 def test_mistakes(line: str, said: str) -> None:
@@ -61,3 +71,14 @@ def test_mistakes(line: str, said: str) -> None:
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(RecipeError, match=r"2 mistake\(s\)"):
         parse_budgets(["speed >= 3", "memory >= 1GB", "package <= 3MB"])
+
+
+def test_a_prompt_of_its_own() -> None:
+    short, at, again = (parse_budgets([f"ttft <= 300ms{end}"])[0] for end in ("", " @ 512", "@1,024 tokens"))
+    assert (short.at_tokens, at.at_tokens, again.at_tokens) == (None, 512, 1024)
+    assert (at.key, at.text) == ("time_to_first_token_seconds @ 512", "<= 300 ms @ 512")
+    both = parse_budgets(["ttft <= 300ms @ 512", "ttft <= 100ms", "ttft <= 200ms @ 512"])
+    assert [(b.key, b.limit) for b in both] == [
+        ("time_to_first_token_seconds @ 512", 0.2), ("time_to_first_token_seconds", 0.1)]  # fmt: skip
+    (named,) = parse_budgets({"time_to_first_token_ms": "<= 300 @ 512"})
+    assert (named.limit, named.at_tokens) == (0.3, 512)

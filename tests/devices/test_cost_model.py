@@ -17,9 +17,9 @@ LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 
 
 def test_roofline_by_hand(toaster: Path, artifact: Artifact) -> None:
-    """10 MB + 100 kB of cache at half of 10 GB/s, and 1 ms."""
+    """10 MB, and 100 kB of cache moved three times, at half of 10 GB/s, and 1 ms."""
     metrics = estimate(load_profile(toaster), Workload.from_artifact(artifact), prompt_tokens=100).metrics
-    seconds = 10.1e6 / 5e9 + 1e-3
+    seconds = 10.3e6 / 5e9 + 1e-3
     assert metrics["tokens_per_second"].value == pytest.approx(1 / seconds)
     assert metrics["tokens_per_second_sustained"].value == pytest.approx(0.5 / seconds)
     assert metrics["time_to_first_token_seconds"].value == pytest.approx(2 * 16.5e6 * 100 / 100e9 + 1e-3)
@@ -28,8 +28,9 @@ def test_roofline_by_hand(toaster: Path, artifact: Artifact) -> None:
     assert metrics["package_bytes"].value == 10_100_000
     assert metrics["package_bytes"].basis == "measured"
     assert set(metrics) == set(METRIC_UNITS)
+    assert metrics["load_seconds"].value is None
     for name, metric in metrics.items():
-        if name != "package_bytes":
+        if name not in ("package_bytes", "load_seconds"):
             assert metric.basis == "estimated"
             assert metric.low is not None
             assert metric.high is not None
@@ -142,3 +143,92 @@ def test_config_with_a_width_per_layer_and_tied_default() -> None:
     assert even.weight_bytes - uneven.weight_bytes == 2 * 3 * 2048 * 5600
     gemma = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"} | {"model_type": "gemma2"}
     assert not any(layer.name == "lm_head" for layer in Workload.from_config(gemma).layers)
+
+
+UNPACKING = "{value: 20, unit: GFLOP/s, source: a test, date: 2026-11, trust: measured}"
+STORAGE = "{value: 1, unit: GB/s, source: a test, date: 2026-11, trust: measured}"
+
+
+@pytest.fixture
+def slow_toaster(toaster: Path) -> Path:
+    """The toaster with a disk of 1 GB/s, that unpacks 10 billion weights a second."""
+    text = toaster.read_text().replace("    overhead:", f"    decode_compute: {UNPACKING}\n    overhead:")
+    toaster.write_text(text.replace("compute_units:", f"storage: {STORAGE}\ncompute_units:"))
+    return toaster
+
+
+def test_unpacking_is_a_floor_under_decode(slow_toaster: Path, artifact: Artifact) -> None:
+    """16 million int4 weights at 10 billion a second and their 8 MB at 5 GB/s take 1.6 ms; at half that rate, 3.2."""
+    workload = Workload.from_artifact(artifact)
+    unit = load_profile(slow_toaster).compute_units["cpu"].decode_compute
+    assert unit is not None
+    reading = estimate(load_profile(slow_toaster), workload, prompt_tokens=1)
+    assert reading.metrics["tokens_per_second"].value == pytest.approx(1 / (10e6 / 5e9 + 3e3 / 5e9 + 1e-3))
+    text = slow_toaster.read_text().replace("{value: 20, unit: GFLOP/s", "{value: 10, unit: GFLOP/s")
+    slow_toaster.write_text(text)
+    unpacking = estimate(load_profile(slow_toaster), workload, prompt_tokens=1)
+    assert unpacking.metrics["tokens_per_second"].value == pytest.approx(1 / (3.6e-3 + 3e3 / 5e9 + 1e-3))
+    assert unpacking.metrics["time_to_first_token_seconds"].value == pytest.approx(3.6e-3 + 1e-3)
+    assert [layer.seconds for layer in unpacking.layers] == pytest.approx([3.2e-3, 2e6 / 5e9])
+    assert [layer.seconds for layer in reading.layers] == pytest.approx([8e6 / 5e9, 2e6 / 5e9])
+
+
+def test_floats_are_not_unpacked() -> None:
+    assert LayerLoad("a", 100, 400, format="float32").packed_parameters == 0
+    assert LayerLoad("a", 100, 50, format="palette4").packed_parameters == 100
+    assert LayerLoad("a", 100, 50, streamed=False, format="palette4").packed_parameters == 0
+    assert (LayerLoad("a", 100, 200).packed_parameters, LayerLoad("a", 100, 60).packed_parameters) == (0, 100)
+
+
+@pytest.mark.parametrize("device", ["iphone-15-pro", "pixel-9", "mac-m4"])
+def test_layers_cache_and_overhead_sum_to_a_token(device: str) -> None:
+    found = estimate(load_profile(device), Workload.from_config(LLAMA, 4.5), prompt_tokens=512)
+    assert len(found.layers) == 24
+    assert found.cache is not None
+    assert found.overhead is not None
+    parts = (*found.layers, found.cache, found.overhead)
+    rate = found.metrics["tokens_per_second"]
+    for end, whole in (("seconds", rate.value), ("low", rate.high), ("high", rate.low)):
+        assert sum(getattr(part, end) for part in parts) == pytest.approx(1 / (whole or 0)), end
+    assert all(part.low < part.seconds < part.high for part in parts if part.name != "model.embed_tokens")
+    looked_up = next(layer for layer in found.layers if layer.name == "model.embed_tokens")
+    assert looked_up.seconds == 0
+
+
+def test_load_time_is_package_then_copies(slow_toaster: Path, artifact: Artifact) -> None:
+    """10.1 MB from a disk of 1 GB/s, 10 MB twice at 5 GB/s, 0.1 s for the runtime."""
+    load = estimate(load_profile(slow_toaster), Workload.from_artifact(artifact)).metrics["load_seconds"]
+    assert load.value == pytest.approx(10.1e6 / 1e9 + 2 * 10e6 / 5e9 + 0.1)
+    assert (load.low or 0) < (load.value or 0) < (load.high or 0)
+
+
+def test_attention_counts_in_a_long_prompt(toaster: Path) -> None:
+    workload = Workload((LayerLoad("a", 10**6, 4 * 10**6, format="float32"),), 0, 8192, 10, 1, "onnx", 4096)
+    short, long = (
+        estimate(load_profile(toaster), workload, prompt_tokens=n).metrics["time_to_first_token_seconds"].value
+        for n in (1000, 4000)
+    )
+    assert short == pytest.approx((2 * 1e6 * 1000 + 2 * 1000**2 * 4096) / 100e9 + 1e-3)
+    assert long == pytest.approx((2 * 1e6 * 4000 + 2 * 4000**2 * 4096) / 100e9 + 1e-3)
+    assert Workload.from_config(LLAMA).attention_width == 22 * 2048
+
+
+def test_attention_width_is_read_off_the_query_projections(artifact: Artifact) -> None:
+    rows = {
+        **artifact.details["layers"],
+        "model.layers.0.self_attn.q_proj": {"bits": 4, "bytes": 125_000, "parameters": 250_000, "format": "int4"},
+    }
+    assert Workload.from_artifact(artifact).attention_width == 0
+    found = Workload.from_artifact(replace(artifact, details={**artifact.details, "layers": rows}))
+    assert found.attention_width == 500
+    told = replace(artifact, details={**artifact.details, "attention_width": 7})
+    assert Workload.from_artifact(told).attention_width == 7
+
+
+def test_static_shapes_read_the_whole_cache(artifact: Artifact) -> None:
+    fixed = replace(artifact, details={**artifact.details, "runtime": {"shapes": "static"}})
+    profile = load_profile("pixel-9")
+    free, static = (estimate(profile, Workload.from_artifact(a), prompt_tokens=8).cache for a in (artifact, fixed))
+    assert free is not None
+    assert static is not None
+    assert (free.bytes, static.bytes) == (8_000, 512_000)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dwindle.devices import host_probe, targets
+from dwindle.devices.cost_model import METRIC_UNITS
 from dwindle.devices.targets import BenchOptions, measure_host
 from dwindle.errors import MissingExtra, RecipeError, UnsupportedModel
 
@@ -20,7 +21,7 @@ QUICK = BenchOptions(prompt_tokens=8, decode_tokens=4, threads=1, repeats=2)
 def test_measures_in_a_fresh_process(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "onnx")
     metrics = {m.name: m for m in measure_host(folder, QUICK)}
-    assert set(metrics) == {"tokens_per_second", "time_to_first_token_seconds", "peak_memory_bytes", "package_bytes"}
+    assert set(metrics) == set(METRIC_UNITS) - {"tokens_per_second_sustained"}
     assert all(m.basis == "measured" and m.value is not None and m.value > 0 for m in metrics.values())
     assert metrics["package_bytes"].value == sum(p.stat().st_size for p in folder.iterdir())
     rate = metrics["tokens_per_second"]
@@ -47,7 +48,7 @@ def test_prompt_is_cut_to_the_context(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def remember(folder: Path, prompt: int, decode: int, options: BenchOptions) -> dict[str, Any]:
         seen.append((prompt, decode))
-        return {"token_seconds": [1.0], "first_token_seconds": [1.0], "peak_memory_bytes": 1}
+        return {"token_seconds": [1.0], "first_token_seconds": [1.0], "load_seconds": 0.1, "peak_memory_bytes": 1}
 
     monkeypatch.setattr(targets, "_probe", remember)
     measure_host(folder)

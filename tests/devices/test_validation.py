@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dwindle.devices import ValidateOptions, junit, run
+from dwindle.devices import ValidateOptions, junit, run, validation
 from dwindle.errors import RecipeError
 from dwindle.report import Artifact, Metric, Parity, Report, Skipped, TargetVerdict
 
@@ -132,3 +132,29 @@ def test_junit_counts_cases() -> None:
     assert suite.attrib == {"name": "dwindle", "tests": "4", "failures": "2", "skipped": "1"}
     assert [c.get("classname") for c in suite] == ["parity", "budget.pixel-9", "budget.pixel-9", "skipped"]
     assert "not known" in (suite[1][0].get("message") or "")
+
+
+def test_a_budget_at_a_prompt_of_its_own(artifact: Artifact) -> None:
+    budgets = ("ttft <= 300ms @ 512", "ttft <= 300ms", "ttft <= 1s @ 4096")
+    (verdict,), skipped = run(ValidateOptions(("pixel-9",), budgets), [(artifact, Path())])
+    usual, long, beyond = (metric(verdict, f"time_to_first_token_seconds{end}") for end in ("", " @ 512", " @ 4096"))
+    assert (long.value or 0) > (usual.value or 0)
+    assert (long.budget, long.passed, long.unit) == ("<= 300 ms @ 512", True, "seconds")
+    assert (beyond.value, beyond.passed) == (None, False)
+    assert [line.why for line in skipped] == ["export/onnx takes 512 tokens"]
+
+
+def test_a_prompt_of_its_own_is_measured_on_the_host(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measure(place: Path, options: Any) -> list[Metric]:
+        asked.append(options.prompt_tokens)
+        return [Metric("time_to_first_token_seconds", options.prompt_tokens / 1000, "seconds", "measured")]
+
+    monkeypatch.setattr(validation, "measure_host", measure)
+    budgets = ("ttft <= 100ms @ 200", "ttft <= 1s @ 400")
+    (verdict,), skipped = run(ValidateOptions(("host",), budgets, require="measured"), [(artifact, Path())])
+    assert asked == [128, 200]
+    assert metric(verdict, "time_to_first_token_seconds @ 200").passed is False
+    assert metric(verdict, "time_to_first_token_seconds @ 400").value is None
+    assert "half of them as a prompt" in skipped[0].why

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dwindle.bundle import ModelBundle
 from dwindle.pipeline.cli import COMMANDS, main
 
 
@@ -91,6 +92,29 @@ def test_prune_plans_before_it_cuts(capsys: pytest.CaptureFixture[str], workshop
     assert weights[0] == weights[1] != weights[2] == weights[3]
 
 
+def test_prune_works_on_large_checkpoints_layer_by_layer(
+    capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(output: str, *more: object) -> list[object]:
+        return ["prune", "-m", workshop / "teacher", "-o", tmp_path / output, "-d", workshop / "train.txt", *more]
+
+    cuts = ["--keep", "ffn=0.5", "--keep", "layers=0.5", "--json"]
+    code, whole, _ = invoke(capsys, *words("whole", *cuts))
+    assert code == 0
+    monkeypatch.setattr("dwindle.weight_source.STREAMED_PARAMETERS", 0)
+    code, streamed, err = invoke(capsys, *words("streamed", *cuts))
+    assert code == 0, err
+    assert "working layer by layer" in err
+    found = [json.loads(out) for out in (whole, streamed)]
+    assert found[0]["details"] == found[1]["details"]
+    found = [ModelBundle.load(tmp_path / name).content_sha256 for name in ("whole", "streamed")]
+    assert found[0] == found[1]
+    code, out, err = invoke(capsys, *words("none", "--keep", "ffn=0.5", "--method", "taylor", "--dry-run"))
+    assert code == 0, err
+    assert "all of them in memory: method=taylor needs the whole model" in err
+    assert json.loads(out)["method"] == "taylor"
+
+
 def test_prune_cuts_several_axes(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
     words = ["prune", "-m", workshop / "teacher", "-d", workshop / "train.txt", "--dry-run", "-o", tmp_path / "a"]
     keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "layers=0.5", "--method", "fisher",
@@ -105,6 +129,28 @@ def test_prune_cuts_several_axes(capsys: pytest.CaptureFixture[str], workshop: P
     code, out, _ = invoke(capsys, *words, "--parameters", limit)
     assert code == 0
     assert json.loads(out)["parameters_after"] <= limit
+
+
+def test_prune_trains_masks_on_the_text(capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path) -> None:
+    words = ["prune", "-m", workshop / "teacher", "-o", tmp_path / "a", "--keep", "ffn=0.5", "--method", "soft_top_k",
+             "--masks", "steps=4", "--masks", "batch_size=2"]  # fmt: skip
+    text = ["-d", workshop / "train.txt"]
+    code, plan, _ = invoke(capsys, *words, *text, "--dry-run")
+    assert code == 0
+    assert json.loads(plan)["method"] == "soft_top_k"
+    code, out, err = invoke(capsys, *words, *text, "--json")
+    assert code == 0
+    assert "FFN" in err
+    details = json.loads(out)["details"]
+    assert details["steps"] == 4
+    assert details["plan"]["layers"] == json.loads(plan)["layers"]
+    assert [place.name for place in tmp_path.iterdir()] == ["a"]  # no checkpoints are left
+    code, _, err = invoke(capsys, *words)
+    assert code == 2
+    assert "needs training data" in err
+    code, _, err = invoke(capsys, *words, *text, "--masks", "steps")
+    assert code == 2
+    assert "--masks steps: needed KEY=VALUE" in err
 
 
 def test_run_shows_its_plan(capsys: pytest.CaptureFixture[str], small_run: Path, tmp_path: Path) -> None:

@@ -38,6 +38,23 @@ def test_regressions_beyond_the_limit_fail() -> None:
     assert compare_reports(worse, report, 0.02).exit_code == 0
 
 
+def test_runs_of_other_vocabularies_are_judged_by_their_bytes() -> None:
+    report = with_final_nats(sample_report(), 1.53)
+    first, *others = report.steps
+    cut = replace(
+        report, steps=(replace(first, details={"vocabulary": [512, 384], "vocabulary_coverage": 1.0}), *others)
+    )
+    longer = with_final_nats(cut, 9.0)
+    assert compare_reports(report, longer, 0.0).failures == ()
+    assert row(compare_reports(report, longer), "quantize (onnx)", "nats_per_token").note.startswith("not comparable")
+    assert "nats_per_token" in compare_reports(cut, longer, 0.0).failures[0]
+    last = longer.steps[-1]
+    assert last.after.bits_per_byte is not None
+    worse = replace(last, after=replace(last.after, bits_per_byte=last.after.bits_per_byte * 1.1))
+    (line,) = compare_reports(report, replace(longer, steps=(*longer.steps[:-1], worse)), 0.02).failures
+    assert "bits_per_byte" in line
+
+
 def test_speed_is_better_when_higher() -> None:
     fast, slow = sample_report(speed=800), sample_report(speed=700)
     assert row(compare_reports(fast, slow), "host, export/onnx", "tokens_per_second").worse == pytest.approx(0.125)

@@ -63,7 +63,7 @@ def test_large_checkpoints_are_worked_on_block_by_block(
     options += ["--set", "importance=fisher", "--method", "kmeans"]
     code, whole, _ = invoke(capsys, *words, *options)
     assert code == 0
-    monkeypatch.setattr("dwindle.quantize.folder_step.STREAMED_PARAMETERS", 0)
+    monkeypatch.setattr("dwindle.weight_source.STREAMED_PARAMETERS", 0)
     monkeypatch.setattr(ModelBundle, "load", None)
     other = [tmp_path / "streamed" if word == tmp_path / "out" else word for word in words]
     code, streamed, err = invoke(capsys, *other, *options)
@@ -142,7 +142,7 @@ def test_weights_that_are_no_numbers_are_named(
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     for streamed in (False, True):
         if streamed:
-            monkeypatch.setattr("dwindle.quantize.folder_step.STREAMED_PARAMETERS", 0)
+            monkeypatch.setattr("dwindle.weight_source.STREAMED_PARAMETERS", 0)
         code, _, err = invoke(capsys, "-m", tmp_path / "broken", "-o", tmp_path / "out", "--scheme", "integer")
         assert code == 2
         assert "model.layers.0.mlp.up_proj" in err

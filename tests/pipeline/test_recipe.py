@@ -90,6 +90,66 @@ def test_all_mistakes_come_at_once() -> None:
     assert all(word in str(caught.value) for word in ("version", "extra", "ffn_keep", "distill"))
 
 
+def test_rounds_become_plain_steps() -> None:
+    entry = {"rounds": 3, "prune": {"ffn_keep": 0.34, "vocabulary_keep": 0.5}, "distill": {"tokens": "2M"}}
+    recipe = Recipe.parse(raw(steps=[{"prune_and_distill": entry}, {"quantize": {"scheme": "integer"}}]))
+    assert [step.name for step in recipe.steps] == ["prune", "distill"] * 3 + ["quantize"]
+    shares = [recipe.options[index, None].ffn_keep for index in (0, 2, 4)]
+    assert shares[0] * shares[1] * shares[2] == pytest.approx(0.34)
+    removed = [1 - shares[0], shares[0] * (1 - shares[1]), shares[0] * shares[1] * (1 - shares[2])]
+    assert removed == sorted(removed, reverse=True)  # the largest cut first
+    assert [recipe.options[index, None].vocabulary_keep for index in (0, 2, 4)] == [0.5, 1.0, 1.0]
+    assert [recipe.options[index, None].tokens for index in (1, 3, 5)] == [2_000_000] * 3
+    assert recipe.raw["steps"][0] == {"prune_and_distill": entry}  # written as it was given
+
+
+def test_overrides_reach_into_rounds() -> None:
+    entry = {"rounds": 3, "prune": {"ffn_keep": 0.34}, "distill": {"tokens": "2M"}}
+    settings = ["prune_and_distill.rounds=2", "prune_and_distill.distill.tokens=1M", "seed=5",
+                "prune_and_distill.prune.method=soft_top_k", "prune_and_distill.prune.masks.tokens=1M"]  # fmt: skip
+    recipe = Recipe.parse(raw(steps=[{"prune_and_distill": entry}]), settings)
+    assert len(recipe.steps) == 4
+    assert recipe.options[3, None].tokens == 1_000_000
+    assert recipe.options[2, None].masks.tokens == 1_000_000
+    assert recipe.options[2, None].masks.seed == recipe.options[3, None].seed == 5
+
+
+def test_an_override_of_a_step_inside_rounds_is_told_its_name() -> None:
+    entry = {"rounds": 3, "prune": {"ffn_keep": 0.34}, "distill": {"tokens": "2M"}}
+    with pytest.raises(RecipeError, match=r"0 steps named distill.*set as prune_and_distill\.distill\.tokens\."):
+        Recipe.parse(raw(steps=[{"prune_and_distill": entry}]), ["distill.tokens=1M"])
+
+
+def test_masks_are_options_inside_the_step() -> None:
+    steps = [{"prune": {"ffn_keep": 0.34, "method": "soft_top_k", "masks": {"tokens": "2M", "weight_rate": "3e-4"}}}]
+    masks = Recipe.parse(raw(steps=steps, seed=7)).options[0, None].masks
+    assert (masks.tokens, masks.weight_rate, masks.seed) == (2_000_000, 3e-4, 7)
+    assert Recipe.parse(raw(seed=7)).options[0, None].method == "activation"
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (3, "steps[0].prune_and_distill: found 3, needed rounds, prune and distill."),
+        ({"round": 3}, "steps[0].prune_and_distill.round is unknown (did you mean 'rounds'?)."),
+        ({"rounds": 0}, "steps[0].prune_and_distill.rounds: found 0"),
+        ({"rounds": 2, "prune": {"method": "magnitude"}}, "needed a share to keep"),
+        ({"rounds": 2, "prune": {"ffn_keep": 0.5, "bytes": "1GB"}}, "prune.bytes: a budget is for one cut"),
+        ({"rounds": 2, "prune": {"ffn_keep": 1.5}}, "steps[0].prune_and_distill.prune: prune: ffn_keep=1.5"),
+        ({"rounds": 2, "prune": {"ffn_keep": "x"}}, "steps[0].prune_and_distill.prune.ffn_keep: 'x' is no number"),
+        ({"rounds": 2, "prune": {"ffn_keep": 0.5}, "distill": 3}, "steps[0].prune_and_distill.distill: found 3"),
+        (
+            {"rounds": 2, "prune": {"ffn_keep": 0.5}, "distill": {"tokns": 3}},
+            "1 mistake:\n  steps[0].prune_and_distill.distill.tokns is unknown (did you mean 'tokens'?).",
+        ),
+    ],
+)
+def test_mistakes_in_rounds_are_named_once(entry: Any, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(raw(steps=[{"prune_and_distill": entry}]))
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("setting", ["novalue", "=3", "a..b=3"])
 def test_overrides_need_key_and_value(setting: str) -> None:
     with pytest.raises(RecipeError, match="found no key=value"):

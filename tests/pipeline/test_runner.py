@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from dwindle.errors import OutputError, RecipeError
+from dwindle.errors import OutputError, RecipeError, UnsupportedModel
 from dwindle.pipeline.evaluate import evaluate
+from dwindle.pipeline.plan import plan
 from dwindle.pipeline.recipe import Recipe
 from dwindle.pipeline.runner import run
 from dwindle.pipeline.write_reports import read_report
@@ -143,6 +144,23 @@ def test_a_format_that_no_variant_fits_is_refused_before_any_work(
     with pytest.raises(RecipeError, match="no variant fits onnx"):
         run(recipe_of(steps=steps), tmp_path / "out")
     assert not list((tmp_path / "out").glob("steps/*"))
+
+
+def test_a_teacher_with_experts_is_refused_before_any_work_or_distilled(
+    recipe_of: Callable[..., Recipe], tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_bundle("mixtral").save(tmp_path / "mixture")
+    given = f"teacher.model={tmp_path / 'mixture'}"
+    for act in (plan, lambda recipe: run(recipe, tmp_path / "out")):
+        with pytest.raises(UnsupportedModel, match="quantize: mixtral has mixtures of 6 experts"):
+            act(recipe_of(given))
+    assert not list((tmp_path / "out").glob("steps/*"))
+    distill = {"distill": {"losses": [{"name": "forward_kl"}], "tokens": 512, "batch_size": 4}}
+    recipe = recipe_of(given, steps=[{"prune": {"experts_keep": 0.5}}, distill])
+    assert "6 experts of 64 units" in plan(recipe)["lines"][0]
+    steps = run(recipe, tmp_path / "small").steps
+    assert [step.name for step in steps] == ["prune", "distill"]
+    assert steps[0].after.parameters < steps[0].before.parameters
 
 
 def test_an_output_of_another_teacher_is_refused(small_run: Path, recipe_of: Callable[..., Recipe]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import DataError, RecipeError, UnsupportedModel
@@ -17,52 +16,23 @@ from dwindle.prune.chat_template_tokens import chat_template_tokens
 from dwindle.prune.token_id_settings import named_ids, renumber
 from dwindle.prune.tokenizer_pieces import read_pieces
 from dwindle.prune.vocabulary import essential_tokens, plan_vocabulary
-from dwindle.prune.vocabulary_map import VocabularyMap
 from dwindle.prune.vocabulary_options import VocabularyOptions
 from dwindle.prune.vocabulary_plan import VocabularyPlan
 from dwindle.prune.vocabulary_surgery import cut_vocabulary
 from dwindle.storage import hash_json
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encode_plain, encoding_sha256
+from dwindle.vocabulary_map import VocabularyMap
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2"]
 VOCABULARY, TOKENS = 352, 347
 """Rows of the tiny models' embeddings, and how many of them have a token."""
 TEXTS = ["the cat sat on the mat and the dog ran to the town", "then the cat and the dog sat on a mat in town"]
-WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "town", "then", "a", "in", "of", "is", "was",
-         "his", "her", "house", "tree", "bird", "sing", "song", "long", "way"]  # fmt: skip
 ONE = VocabularyOptions(multiple=1)
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "<|{{ m.role }}|>\n{{ m.content + ' house' }}{% endfor %}{# his #}{% if add_generation_prompt %}tree\n{% endif %}"
 )
-
-
-def make_tokenizer(chat_template: Any = None) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=TOKENS - 1, show_progress=False, special_tokens=["<s>", "</s>", "<pad>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    backend.train_from_iterator([" ".join(WORDS[i:] + WORDS[:i]) * 3 for i in range(20)], trainer)
-    backend.add_tokens(["<tool>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   chat_template=chat_template)  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def worded(tiny_bundle: Any) -> Any:
-    """Factory of tiny bundles whose tokenizer has merges: 346 trained pieces, `<tool>`, and five rows without a token."""
-
-    def make(family: str = "llama", chat_template: str | None = None, **overrides: Any) -> Any:
-        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-        bundle = tiny_bundle(family, vocab_size=VOCABULARY, **{**ids, **overrides})
-        return ModelBundle.from_model(bundle.model, make_tokenizer(chat_template), name=f"worded-{family}")
-
-    return make
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -199,7 +169,7 @@ def test_fewer_tokens_are_the_more_frequent_ones(worded: Any) -> None:
     assert pruned.tokenizer.decode(encode_plain(pruned.tokenizer, TEXTS)[0]) == TEXTS[0]
 
 
-def test_chat_template_tokens_stay(worded: Any) -> None:
+def test_chat_template_tokens_stay(worded: Any, worded_tokenizer: Any) -> None:
     bundle = worded(chat_template=TEMPLATE)
     names = {bundle.tokenizer.convert_ids_to_tokens(i) for i in chat_template_tokens(bundle.tokenizer)}
     assert {"tree", "Ġhouse"} <= names
@@ -210,8 +180,8 @@ def test_chat_template_tokens_stay(worded: Any) -> None:
     assert old == new
     ids = encode_plain(pruned.tokenizer, [new])[0]
     assert [plan.kept[i] for i in ids] == encode_plain(bundle.tokenizer, [old])[0]
-    assert chat_template_tokens(make_tokenizer()) == set()
-    several = make_tokenizer({"default": "{{ 'tree' }}", "tools": "{% if tools %}town{% endif %}"})
+    assert chat_template_tokens(worded_tokenizer()) == set()
+    several = worded_tokenizer({"default": "{{ 'tree' }}", "tools": "{% if tools %}town{% endif %}"})
     assert several.convert_ids_to_tokens(sorted(chat_template_tokens(several))) == ["tree", "town"]
     assert bundle.tokenizer.get_vocab()["tree"] in essential_tokens(bundle, read_pieces(bundle.tokenizer))
 
@@ -284,11 +254,11 @@ def test_what_cannot_be_planned(worded: Any, monkeypatch: pytest.MonkeyPatch) ->
         cut_vocabulary(bundle, plan)
 
 
-def test_added_tokens_without_a_row_stay_in_the_tokenizer(tiny_bundle: Any) -> None:
-    bundle = ModelBundle.from_model(tiny_bundle(vocab_size=TOKENS - 1).model, make_tokenizer(), name="short")
+def test_added_tokens_without_a_row_stay_in_the_tokenizer(tiny_bundle: Any, worded_tokenizer: Any) -> None:
+    bundle = ModelBundle.from_model(tiny_bundle(vocab_size=TOKENS - 1).model, worded_tokenizer(), name="short")
     pruned = cut_vocabulary(bundle, plan_vocabulary(bundle, TEXTS, ONE))
     assert pruned.tokenizer.convert_tokens_to_ids("<tool>") == pruned.anatomy.vocab
-    short = ModelBundle.from_model(tiny_bundle(vocab_size=TOKENS - 2).model, make_tokenizer(), name="shorter")
+    short = ModelBundle.from_model(tiny_bundle(vocab_size=TOKENS - 2).model, worded_tokenizer(), name="shorter")
     with pytest.raises(UnsupportedModel, match="embeds 345 tokens, but the tokenizer has 1 more"):
         plan_vocabulary(short, TEXTS, ONE)
 
@@ -323,14 +293,15 @@ def test_the_map_is_for_two_tokenizers(worded: Any, tmp_path: Path) -> None:
     plan = plan_vocabulary(bundle, TEXTS, ONE)
     pruned = cut_vocabulary(bundle, plan)
     mapped = VocabularyMap.between(bundle.tokenizer, pruned.tokenizer, plan.kept, VOCABULARY)
-    mapped.save(tmp_path / "map.json")
-    data = json.loads((tmp_path / "map.json").read_text())
-    assert VocabularyMap.from_json(data) == mapped
+    assert VocabularyMap.read(tmp_path) is None
+    mapped.write(tmp_path)
+    data = json.loads((tmp_path / "vocabulary_map.json").read_text())
+    assert VocabularyMap.read(tmp_path) == VocabularyMap.from_json(data) == mapped == pruned.vocabulary_map
     mapped.require(bundle.tokenizer, pruned.tokenizer)
     ids = torch.arange(40)[None]
     taught = mapped.kept_logits(logits_of(bundle.model, mapped.old_ids(ids)))
     assert torch.equal(taught, logits_of(pruned.model, ids))
-    with pytest.raises(RecipeError, match=r"other tokenizers \(pruned differ\)"):
+    with pytest.raises(RecipeError, match=r"other tokenizers \(pruned: found \w+ with 347 tokens, needed \w+\)"):
         mapped.require(bundle.tokenizer, bundle.tokenizer)
     with pytest.raises(RecipeError, match="are other ones in the full tokenizer"):
         VocabularyMap.between(bundle.tokenizer, pruned.tokenizer, tuple(range(len(plan.kept))), VOCABULARY)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwindle.boundary_states import BoundaryStates
 from dwindle.bundle import ModelBundle
-from dwindle.errors import DataError
+from dwindle.decoder_blocks import InMemoryBlocks
+from dwindle.errors import DataError, OutputError
 from dwindle.families import FAMILIES
-from dwindle.quantize.boundary_states import BoundaryStates
 from dwindle.quantize.calibration import LayerStatistics, backward_walk, forward_walk
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 
 Factory = Callable[..., ModelBundle]
 
@@ -153,6 +153,18 @@ def test_states_on_disk_change_nothing(tiny_bundle: Factory, monkeypatch: pytest
             assert torch.equal(found.hessian, in_memory[layer][name].hessian)
     with BoundaryStates(100, 100) as held, BoundaryStates(101, 100) as stored:
         assert (held.on_disk, stored.on_disk) == (False, True)
+        for block, batches in enumerate((torch.rand(2, 2, 3, 4), torch.rand(2, 2, 3, 4))):
+            for batch, states in enumerate(batches):  # the places of one block's states serve the next block's
+                if block:
+                    stored.take(block - 1, batch, torch.device("cpu"))
+                stored.put(block, batch, states)
+        assert all(torch.equal(stored.take(1, i, torch.device("cpu")), batches[i]) for i in (1, 0))
+        assert stored._end == 2 * 2 * 3 * 4 * 4
+
+
+def test_states_that_no_disk_can_hold_are_refused() -> None:
+    with pytest.raises(OutputError, match="bytes are needed"):
+        BoundaryStates(10**16)
 
 
 def test_rows_find_the_hessian_of_their_group() -> None:

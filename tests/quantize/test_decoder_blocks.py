@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dwindle.bundle import ModelBundle
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.families import FAMILIES
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 
 Factory = Callable[..., ModelBundle]
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.divergence import forward_kl
 from dwindle.errors import DataError
 from dwindle.quantize.calibration import forward_walk
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.integers import round_to_nearest
 from dwindle.quantize.learned import Descent, learn_block, learn_blocks, learn_jointly
 from dwindle.quantize.options import QuantizeOptions

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.errors import DataError
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.gptq import gptq
 from dwindle.quantize.integers import round_to_nearest
 from dwindle.quantize.layer_statistics import LayerStatistics

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.allocation import Target, reachable_bits
 from dwindle.quantize.bit_search import joint_curve, search_plan
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
 from dwindle.quantize.joint_kl import JointCurve, JointKL
 from dwindle.quantize.layer_plan import LayerFormat, ModelShapes, plan_layers
 from dwindle.quantize.methods import layer_coder
@@ -22,7 +22,7 @@ from dwindle.quantize.sensitivity import (
     kl_sensitivities,
     layer_choices,
 )
-from dwindle.quantize.streamed_blocks import StreamedBlocks
+from dwindle.streamed_blocks import StreamedBlocks
 
 BITS = (2, 4, 8)
 

@@ -14,19 +14,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dwindle.bundle import ModelBundle
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.errors import DataError, OutputError, RecipeError, UnsupportedModel
 from dwindle.families import FAMILIES
 from dwindle.model_source import attention_of
 from dwindle.quantize import QuantizeOptions, run
 from dwindle.quantize.calibration import backward_walk, forward_walk
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
-from dwindle.quantize.layer_plan import LayerFormat, plan_layers
+from dwindle.quantize.layer_plan import LayerFormat, ModelShapes, plan_layers
 from dwindle.quantize.methods import Walk, layer_coder
-from dwindle.quantize.shard_writer import ShardWriter
-from dwindle.quantize.streamed_blocks import StreamedBlocks
 from dwindle.quantize.streaming import joined_rows, quantize_checkpoint
-from dwindle.quantize.weight_source import WeightSource
 from dwindle.quantized_model import apply_quantized_weights
+from dwindle.shard_writer import ShardWriter
+from dwindle.streamed_blocks import StreamedBlocks
+from dwindle.weight_source import WeightSource
 
 Factory = Callable[..., ModelBundle]
 
@@ -86,7 +86,7 @@ def test_the_folder_is_that_of_the_in_memory_step(
     bundle = ModelBundle.load(tmp_path / "model")
     options = QuantizeOptions(scheme=scheme, bits=3)
     expected, record = run(bundle, options)
-    plan = plan_layers(WeightSource(tmp_path / "model").model_shapes, options)
+    plan = plan_layers(ModelShapes.stored(WeightSource(tmp_path / "model")), options)
     layers = quantize_checkpoint(tmp_path / "model", tmp_path / "out", plan, layer_coder(options, _cheapest(scheme)),
                                  Walk(), options=asdict(options))  # fmt: skip
     found = ModelBundle.load(tmp_path / "out")

@@ -22,13 +22,15 @@ from dwindle.anatomy import anatomy_of
 from dwindle.checkpoint_files import inspect_checkpoint
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
 from dwindle.model_source import compare_tensors, load_config
-from dwindle.quantize.layer_plan import ModelShapes
 from dwindle.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WeightSource"]
+__all__ = ["STREAMED_PARAMETERS", "WeightSource"]
+
+STREAMED_PARAMETERS = 500_000_000
+"""From so many parameters on, the command line works block by block."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_ELEMENTS = 1 << 23
@@ -53,7 +55,7 @@ class WeightSource:
         self.config = load_config(folder)
         if getattr(self.config, "quantization_config", None) is not None:
             raise RecipeError(
-                f"quantize: {folder} is quantized already, and codes are rounded once. Start from the float checkpoint "
+                f"{folder} is quantized already, and codes are rounded once. Start from the float checkpoint "
                 "that it was made from."
             )
         self.files = inspect_checkpoint(folder)
@@ -80,11 +82,6 @@ class WeightSource:
         known = sorted(name for name in self._places if name.endswith((".weight", ".bias")))  # old ones hold inv_freq
         found = {path: [name for name in known if name.startswith(f"{path}.")] for path in paths}
         return [name for names in found.values() for name in names if not (anatomy.tied and name == head)]
-
-    @property
-    def model_shapes(self) -> ModelShapes:
-        """Return what a plan is made from."""
-        return ModelShapes.from_anatomy(self.anatomy, self.storage_dtype)
 
     @property
     def parameters(self) -> int:

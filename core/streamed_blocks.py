@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwindle.decoder_blocks import InMemoryBlocks
 from dwindle.model_source import skeleton_of
-from dwindle.quantize.decoder_blocks import InMemoryBlocks
-from dwindle.quantize.weight_source import WeightSource
+from dwindle.weight_source import WeightSource
 
 __all__ = ["StreamedBlocks"]
 
@@ -68,6 +68,16 @@ class StreamedBlocks(InMemoryBlocks):
             if not self._head_entered:
                 norm.to("meta")
                 head.to("meta")
+
+    @contextlib.contextmanager
+    def final_norm(self) -> Iterator[nn.Module]:
+        """Yield the final norm with its weights read."""
+        norm = self._model.get_submodule(self.anatomy.final_norm)
+        self._fill(norm, self.anatomy.final_norm)
+        try:
+            yield norm
+        finally:
+            norm.to("meta")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [B, T, V]; outside of `head()` this reads the head for one call."""

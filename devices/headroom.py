@@ -1,0 +1,153 @@
+"""Budgets solved for what a model may cost: bytes it may weigh and read, operations it may do. Torch-free.
+
+`estimate` goes from a model to its speed and memory. Whoever searches a model for a device needs the way back, and
+since the cost model is a sum of products and of maxima it has one: every budget is a few straight lines over the
+numbers of `Cost`, so the largest model along any axis is a division instead of a search. With r = share x bandwidth
+and u = decode compute / 2 (where the unit has one and the weights are packed), T the prompt's length:
+
+    seconds of a token   max(linear bytes / r, linear weights / u) + max(table bytes / r, table weights / u)
+                         + other bytes / r + KV bytes x cached tokens x reads / r + overhead
+    tokens/s >= R        seconds of a token <= 1 / R                      four lines: either side of either maximum
+    first token <= t     2 N T + 2 T^2 A <= (t - overhead) x compute      and four lines without the cache
+    memory <= M          copies x weights + copies x context x KV <= M - logits of the prompt - fixed cost
+    load <= s            package / storage + copies x weights / r + widened bytes x 7 ns <= s - fixed cost
+    package <= P         stored <= P
+
+A test holds these lines to `estimate`, budget by budget.
+
+>>> from dwindle.devices.budgets import parse_budgets
+>>> from dwindle.devices.device_profile import load_profile
+>>> where = Place("coreml", vocabulary=49_152, prompt_tokens=128, context=4096)
+>>> (line, *_) = headroom(load_profile("iphone-15-pro"), parse_budgets(["tokens_per_second >= 30"]), where)
+>>> f"{line.bound / line.linear_bytes / 1e9:.3f} GB"
+'1.343 GB'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from dwindle.devices.budgets import Budget
+from dwindle.devices.cost_model import (
+    CACHE_READS,
+    LOAD_SECONDS,
+    MEMORY_COSTS,
+    UNMEASURED_MEMORY_COST,
+    WIDENING_SECONDS,
+)
+from dwindle.devices.device_profile import ComputeUnit, DeviceProfile
+from dwindle.errors import RecipeError
+
+__all__ = ["Cost", "End", "Limit", "Place", "headroom"]
+
+End = Literal["value", "low"]
+"""Which end of the profile's ranges counts: the middle, or the one that is unfavourable to the model."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a workload costs; also the weights of a line over these."""
+
+    stored: float = 0.0
+    """Bytes of all weights in the file."""
+    held: float = 0.0
+    """Mean of the bytes stored and the bytes once loaded."""
+    linear_bytes: float = 0.0
+    """Loaded bytes of the linears."""
+    linear_weights: float = 0.0
+    table_bytes: float = 0.0
+    """Loaded bytes of the table that every token reads: the head, or the embedding tied to it."""
+    table_weights: float = 0.0
+    other_bytes: float = 0.0
+    """Loaded bytes of norms and biases."""
+    other_weights: float = 0.0
+    kv: float = 0.0
+    """Bytes the KV cache grows by with each token."""
+    attention_width: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limit(Cost):
+    """A budget as a line: the sum of costs, each times its weight here, is at most `bound`."""
+
+    metric: str = ""
+    bound: float = 0.0
+
+    def of(self, cost: Cost) -> float:
+        """Return the weighted sum; the budget holds while it is at most `bound`."""
+        return (
+            self.stored * cost.stored + self.held * cost.held
+            + self.linear_bytes * cost.linear_bytes + self.linear_weights * cost.linear_weights
+            + self.table_bytes * cost.table_bytes + self.table_weights * cost.table_weights
+            + self.other_bytes * cost.other_bytes + self.other_weights * cost.other_weights
+            + self.kv * cost.kv + self.attention_width * cost.attention_width
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a model is to run."""
+
+    runtime: str
+    vocabulary: int
+    prompt_tokens: int
+    context: int
+    packed: bool = True
+    """Its weights are integers or palettes."""
+    static_shapes: bool = False
+    end: End = "value"
+
+
+def headroom(profile: DeviceProfile, budgets: Iterable[Budget], place: Place) -> tuple[Limit, ...]:
+    """Return the lines that a workload has to stay under for all budgets to hold in `estimate`.
+
+    Raises RecipeError for a budget on loading where the profile does not know the storage.
+    """
+    return tuple(limit for budget in budgets for limit in _limits(profile, budget, place))
+
+
+def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Limit]:
+    unit, end = profile.compute_units[profile.runtimes[place.runtime].unit], place.end
+    rate = unit.bandwidth_share.at(end) * profile.bandwidth.at(end)
+    overhead = unit.overhead.at("high" if end == "low" else "value")
+    cost = MEMORY_COSTS.get(place.runtime, UNMEASURED_MEMORY_COST)
+    column = 2 if end == "low" else 1
+    prompt = min(place.prompt_tokens, place.context)
+    name, limit = budget.metric, budget.limit
+    if name in ("tokens_per_second", "tokens_per_second_sustained"):
+        of_burst = unit.sustained.at(end) if name.endswith("sustained") else 1.0
+        cached = place.context if place.static_shapes else prompt
+        kv = cached * CACHE_READS.get(place.runtime, 1.0) / rate
+        yield from _reading(name, of_burst / limit - overhead, unit, rate, place, kv)
+    elif name == "time_to_first_token_seconds":
+        each = 2 * prompt / unit.effective_compute.at(end)
+        yield Limit(linear_weights=each, table_weights=each, other_weights=each, attention_width=each * prompt,
+                    metric=name, bound=limit - overhead)  # fmt: skip
+        yield from _reading(name, limit - overhead, unit, rate, place, 0.0)
+    elif name == "peak_memory_bytes":
+        rest = 4 * prompt * place.vocabulary * cost.logit_copies[column] + cost.fixed_bytes[column]
+        yield Limit(held=cost.weight_copies[column], kv=place.context * cost.cache_copies[column], metric=name,
+                    bound=limit - rest)  # fmt: skip
+    elif name == "load_seconds":
+        if profile.storage is None:
+            raise RecipeError(f"{profile.title}: the profile has no storage, which load_seconds is estimated from.")
+        grown = 2 * WIDENING_SECONDS[column]  # bytes widened = loaded - stored = 2 (held - stored)
+        yield Limit(stored=1 / profile.storage.at(end) - grown, held=cost.weight_copies[column] / rate + grown,
+                    metric=name, bound=limit - LOAD_SECONDS[column])  # fmt: skip
+    else:
+        yield Limit(stored=1, metric=name, bound=limit)
+
+
+def _reading(name: str, seconds: float, unit: ComputeUnit, rate: float, place: Place, kv: float) -> Iterator[Limit]:
+    """Yield a line for each side of the two maxima: the weights are read, or unpacked."""
+    unpacks = place.packed and unit.decode_compute is not None
+    each = 2 / unit.decode_compute.at(place.end) if unit.decode_compute is not None else 0.0
+    for linears, table in product((False, True) if unpacks else (False,), repeat=2):
+        yield Limit(
+            linear_bytes=0.0 if linears else 1 / rate, linear_weights=each if linears else 0.0,
+            table_bytes=0.0 if table else 1 / rate, table_weights=each if table else 0.0,
+            other_bytes=1 / rate, kv=kv, metric=name, bound=seconds,
+        )  # fmt: skip

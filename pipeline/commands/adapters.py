@@ -1,0 +1,100 @@
+"""Commands on adapters: recover what quantization lost; look at the folders."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dwindle.pipeline.commands.shared import (
+    data_option,
+    device_option,
+    emit,
+    json_option,
+    load,
+    made_options,
+    model_option,
+    notify,
+    output_option,
+    seed_option,
+)
+
+__all__ = ["adapters", "recover"]
+
+
+@click.command()
+@click.option("-t", "--teacher", required=True, help="The model before it was quantized: folder or Hugging Face id.")
+@model_option
+@data_option("Text to recover on: files, folders or data set ids. No labels are needed.")
+@output_option
+@click.option("--rank", help="Rank of the change of each linear.  [default: 16]")
+@click.option("--kind", help="lora, rslora or dora.  [default: lora]")
+@click.option("--start", help="zero, or error: the largest part of what quantization changed.  [default: zero]")
+@click.option("--target", "targets", multiple=True, metavar="PART", help="q, k, v, o, gate, up, down or a module's "
+              "name; may be given several times.  [default: all]")  # fmt: skip
+@click.option("--tokens", help="Tokens to train on, as in 2M.  [default: the text once]")
+@click.option("--learning-rate", help="Peak learning rate.  [default: 2e-4; small models take more]")
+@click.option("--batch-size", help="Windows per step.  [default: 32]")
+@click.option("--text", type=click.Path(), help="Text to measure before and after on; not part of -d.")
+@seed_option
+@device_option
+@json_option
+def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: str | None, torch_device: str,
+            as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Train an adapter on a quantized model that gives back what quantization lost.
+
+    The codes stay as they are. TEACHER is the model before it was quantized. Cut off, it goes on from its last
+    checkpoint.
+    """
+    from dwindle import adapters as room
+    from dwindle.data import DataOptions, evaluation_set, training_set
+    from dwindle.measure import Meter
+
+    options = made_options(room.RecoverOptions, values, "recover")
+    guide, base = load(teacher, torch_device), load(model, torch_device)
+    train = training_set(DataOptions(train=data, seed=options.seed), base.tokenizer, base.anatomy.context)
+    meter = None if text is None else Meter(evaluation_set(text, base.tokenizer), guide)
+    place = Path(output)
+    work = place.with_name(f".{place.name}.work")
+    adapter, record = room.recover(base, options, teacher=guide, train_tokens=train, folder=work)
+    lines = [f"recover: {record.details['linears']} linears, rank {options.rank}, {adapter.bytes:,} bytes, "
+             f"{record.before.bits_per_weight:.2f} -> {record.after.bits_per_weight:.2f} bits per weight"]  # fmt: skip
+    if meter is not None:
+        notify("measuring before and after")
+        adapter, record, told = room.measured(adapter, record, base, meter)
+        lines += told
+    adapter.save(place)
+    shutil.rmtree(work, ignore_errors=True)
+    emit(record.to_json(), "\n".join([*lines, f"Written: {output}"]), as_json)
+
+
+@click.group()
+def adapters() -> None:
+    """List and show adapter folders."""
+
+
+@adapters.command("list")
+@click.argument("folder", type=click.Path())
+@click.option("-m", "--model", help="Say which of them fit this base.")
+@json_option
+def list_(folder: str, model: str | None, as_json: bool) -> None:
+    """Show the adapters in FOLDER: task, size, rank, base, metrics."""
+    from dwindle.adapters.catalogue import catalogue, catalogue_table
+
+    base = None if model is None else load(model).content_sha256
+    found = catalogue(Path(folder), base)
+    emit({"adapters": found}, catalogue_table(found), as_json)
+
+
+@adapters.command()
+@click.argument("folder", type=click.Path())
+@json_option
+def show(folder: str, as_json: bool) -> None:
+    """Show one adapter: what it was trained on, for what, and how well it does."""
+    from dwindle.adapters.catalogue import described
+
+    found = described(Path(folder))
+    lines = [f"{key:16} {value}" for key, value in found.items() if value not in (None, {}, "")]
+    emit(found, "\n".join(lines), as_json)

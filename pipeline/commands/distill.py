@@ -1,0 +1,118 @@
+"""`dwindle distill`: train a student to follow its teacher, live or from a cache; or say what that would take."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dwindle.errors import RecipeError
+from dwindle.pipeline.commands.shared import (
+    data_option,
+    device_option,
+    emit,
+    json_option,
+    load,
+    made_options,
+    model_option,
+    save,
+    seed_option,
+    split_settings,
+)
+
+__all__ = ["distill"]
+
+
+@click.command()
+@click.option("-t", "--teacher", help="Teacher: folder or Hugging Face id. Not needed if --cache has all of the text.")
+@model_option
+@data_option("Training text: files, folders or data set ids.", required=False)
+@click.option("-o", "--output", type=click.Path(), help="Folder to write.")
+@click.option("--loss", "losses", multiple=True, metavar="NAME[=WEIGHT]",
+              help="forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, top_k, taid, top1_blend, "
+              "label_cross_entropy, hidden_states; several are added.  [default: forward_kl]")  # fmt: skip
+@click.option("--tokens", help="Tokens to train on, as in 20M.  [default: the text once]")
+@click.option("--learning-rate", help="Peak learning rate.  [default: 1e-3]")
+@click.option("--batch-size", help="Windows per step.  [default: 32]")
+@click.option("--cache", type=click.Path(), help="Train from this logit cache; what is missing in it is written first.")
+@click.option("--on-policy", metavar="SHARE", help="Share of the windows that the student writes itself.")
+@click.option(
+    "--text", type=click.Path(), help="Held-out text to measure on: at the end, and every evaluate_every steps."
+)
+@click.option("--plan", "only_plan", is_flag=True, help="Say what it would take per GPU, and stop; nothing is loaded.")
+@click.option("--gpus", type=int, default=8, show_default=True, help="Processes, for --plan.")
+@click.option("--gpu", default="h100-80gb", show_default=True, help="Kind of GPU, for --plan.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="Any other key of a recipe's distill step, as in precision=bf16, or of its data, as in "
+              "data.context=512.")  # fmt: skip
+@seed_option
+@device_option
+@json_option
+def distill(
+    teacher: str | None, model: str, data: tuple[str, ...], output: str | None, text: str | None, only_plan: bool,
+    gpus: int, gpu: str, settings: tuple[str, ...], torch_device: str, as_json: bool, **values: Any,
+) -> None:  # fmt: skip
+    """Train a student to follow its teacher. Cut off, it goes on from its last checkpoint.
+
+    \b
+    dwindle distill -t TEACHER -m STUDENT -d TEXT -o OUT
+    dwindle distill -t TEACHER -m STUDENT -d TEXT -o OUT --cache CACHE
+    dwindle distill -t TEACHER -m STUDENT -d TEXT -o OUT --loss jsd --on-policy 0.5
+    dwindle distill -t TEACHER -m STUDENT --plan --gpus 8 --tokens 1B --set precision=bf16
+    """
+    from dwindle import distill as room
+
+    own, of_data = split_settings(settings, values)
+    options = made_options(room.DistillOptions, {**values, **own}, "distill")
+    if only_plan:
+        _plan(teacher, model, options, of_data, gpus, gpu, as_json)
+        return
+    missing = [flag for flag, given in (("-d TEXT", data), ("-o FOLDER", output)) if not given]
+    if teacher is None and options.cache is None:
+        missing.insert(0, "-t TEACHER (or --cache FOLDER with the predictions of one)")
+    if missing or output is None:
+        raise RecipeError(f"distill: missing {', '.join(missing)}.")
+    _train(teacher, model, data, output, text, options, of_data, torch_device, as_json)
+
+
+def _train(teacher: str | None, model: str, data: tuple[str, ...], output: str, text: str | None, options: Any,
+           of_data: dict[str, Any], torch_device: str, as_json: bool) -> None:  # fmt: skip
+    from dwindle import distill as room
+    from dwindle.data import DataOptions, evaluation_set, training_set
+    from dwindle.token_set import require_disjoint
+
+    student = load(model, torch_device)
+    of_train = made_options(DataOptions, {"train": data, "seed": options.seed, **of_data}, "data")
+    train = training_set(of_train, student.tokenizer, student.anatomy.context)
+    evaluation = None if text is None else evaluation_set(text, student.tokenizer)
+    if evaluation is not None:
+        require_disjoint(train, evaluation)
+    needed = options.cache is None or evaluation is not None or room.teacher_is_needed(options.cache, train, teacher)
+    guide = load(teacher, torch_device) if teacher is not None and needed else None
+    place = Path(output)
+    work = place.with_name(f".{place.name}.work")
+    trained, record = room.run(student, options, teacher=guide, train=train, folder=work, evaluation=evaluation)
+    save(trained, record, output, as_json)
+    if evaluation is not None and not as_json:
+        last = record.details["history"][-1]
+        click.echo("".join(f"  {name.removeprefix('evaluation_'):20} {value:.4f}\n" for name, value in last.items()
+                           if name.startswith("evaluation_")), nl=False)  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _plan(teacher: str | None, model: str, options: Any, of_data: dict[str, Any], gpus: int, gpu: str,
+          as_json: bool) -> None:  # fmt: skip
+    """Print the arithmetic of a run; configs are all it reads."""
+    from dwindle.distill.memory_plan import ModelSize, memory_plan
+    from dwindle.model_source import skeleton_of
+    from dwindle.pipeline.model_config import model_config
+
+    if teacher is None:
+        raise RecipeError("distill: --plan needs -t TEACHER; its config is enough.")
+    guide, student = model_config(teacher), model_config(model)
+    of_guide, of_student = (ModelSize.of(skeleton_of(one.config), one.config) for one in (guide, student))
+    context = int(of_data.get("context") or min(student.anatomy.context, 2048))
+    made = memory_plan(of_student, student.anatomy, of_guide, options, context=context, processes=gpus, gpu=gpu)
+    emit(made.to_json(), made.table(), as_json)

@@ -1,0 +1,46 @@
+"""The catalogue: every adapter below a folder by its card, and which of them fit a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dwindle.adapters import Adapter, AdapterCard
+from dwindle.adapters.catalogue import catalogue, catalogue_table, described
+from dwindle.errors import DataError, UnsupportedModel
+
+peft = pytest.importorskip("peft")
+
+
+def write(folder: Path, base: str, **config: Any) -> None:
+    made = peft.LoraConfig(r=4, target_modules=["a", "b"], **config)
+    card = AdapterCard("base", base, "recovery", metrics={"kl_closed": 0.61})
+    Adapter(made, {"base_model.model.a.lora_A.weight": torch.ones(4, 3)}, card).save(folder)
+
+
+def test_adapters_are_found_described_and_matched(tmp_path: Path) -> None:
+    write(tmp_path / "two" / "deep", "b" * 64, use_dora=True)
+    write(tmp_path / "one", "a" * 64)
+    found = catalogue(tmp_path, "a" * 64)
+    assert [one["name"] for one in found] == ["one", "two/deep"]
+    assert [one["fits"] for one in found] == [True, False]
+    assert [one["kind"] for one in found] == ["lora", "dora"]
+    assert found[0]["rank"] == 4
+    assert found[0]["linears"] == 2
+    assert found[0]["bytes"] == (tmp_path / "one" / "adapter_model.safetensors").stat().st_size
+    table = catalogue_table(found)
+    assert "fits  kl_closed 0.61" in table
+    assert "another base" in table
+    assert "fits" not in catalogue_table(catalogue(tmp_path))
+
+
+def test_folders_without_adapters_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no adapters in it"):
+        catalogue(tmp_path)
+    write(tmp_path / "one", "a" * 64)
+    (tmp_path / "one" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match="cannot be read"):
+        described(tmp_path / "one")

@@ -1,0 +1,39 @@
+"""Two gloo processes with FSDP2 give the losses of one: a tied head, a logit cap, projections, moving targets,
+evaluations, the student's own text; and half of the teacher in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import two_processes
+
+
+def test_two_processes_distill_as_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(two_processes.__file__)), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = two_processes.outcome()
+    assert len(one["lines"]) == two_processes.OPTIONS.steps + 2
+    assert "evaluation_kl_nats_per_token" in one["lines"][5]
+    assert "jsd_written" in one["lines"][6]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for ours, theirs in zip(found["lines"], one["lines"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        outside = two_processes.VOCAB * two_processes.TEACHER_WIDTH + two_processes.TEACHER_WIDTH  # stay gathered
+        layers = one["teacher_parameters"] - outside
+        assert found["teacher_parameters"] <= 0.51 * layers + outside
+        assert found["weights"].keys() == one["weights"].keys()
+        assert "layer_projections.1.weight" in one["weights"]
+        for name, value in one["weights"].items():
+            assert torch.allclose(torch.tensor(found["weights"][name]), torch.tensor(value), atol=1e-4), name

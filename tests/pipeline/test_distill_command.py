@@ -1,0 +1,83 @@
+"""`dwindle distill` from the command line: live, on-policy, measured on its way, planned from configs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dwindle.bundle import ModelBundle
+from dwindle.errors import DataError, RecipeError
+from dwindle.pipeline.cli import cli
+
+WORDS = "The cat sat on the mat. A dog ran to the tree, and the bird sang over it all day long.\n\n"
+
+
+@pytest.fixture
+def line(tiny_bundle: Callable[..., Any], tmp_path: Path) -> Path:
+    tiny_bundle("llama", initializer_range=0.2).save(tmp_path / "teacher")
+    tiny_bundle("llama", seed=3).save(tmp_path / "student")
+    (tmp_path / "train.txt").write_text(WORDS * 60)
+    (tmp_path / "test.txt").write_text("The bird sat on the tree and ran over the cat all day. " * 8)
+    return tmp_path
+
+
+def dwindle(*words: object) -> Any:
+    return CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+
+
+def command(line: Path, *words: object) -> list[object]:
+    return ["distill", "-t", line / "teacher", "-m", line / "student", *words]
+
+
+def test_a_student_writes_half_of_its_text_and_is_measured(line: Path) -> None:
+    done = dwindle(*command(line, "-d", line / "train.txt", "-o", line / "out", "--loss", "jsd", "--on-policy", "0.5",
+                            "--text", line / "test.txt", "--tokens", "2K", "--batch-size", 4, "--set",
+                            "data.context=32", "--set", "log_every=4", "--set", "evaluate_every=8", "--json"))  # fmt: skip
+    record = json.loads(done.stdout)
+    last = record["details"]["history"][-1]
+    assert last["jsd_written"] > 0
+    assert 0 < last["evaluation_kl_nats_per_token"] < record["details"]["history"][0]["jsd"] * 100
+    assert ModelBundle.load(line / "out").lineage.steps[-1] == "distill"
+    assert not list(line.glob(".*"))
+
+
+def test_the_plan_needs_configs_alone(line: Path) -> None:
+    for name in ("teacher", "student"):
+        (line / name / "model.safetensors").unlink()
+    words = command(
+        line, "--plan", "--gpus", 4, "--tokens", "1M", "--set", "precision=bf16", "--set", "data.context=64"
+    )
+    told = json.loads(dwindle(*words, "--json").stdout)
+    assert told["processes"] == 4
+    assert told["piece_tokens"] == 8 * 64
+    assert told["fits"]
+    assert told["tokens"] == 1_000_000
+    shown = dwindle(*words).stdout
+    assert "teacher weights" in shown
+    assert "tokens/s" in shown
+
+
+def test_what_is_missing_or_wrong_is_named(line: Path) -> None:
+    with pytest.raises(RecipeError, match=r"missing -d TEXT, -o FOLDER"):
+        dwindle(*command(line))
+    with pytest.raises(RecipeError, match=r"missing -t TEACHER \(or --cache"):
+        dwindle("distill", "-m", line / "student", "-d", line / "train.txt", "-o", line / "out")
+    with pytest.raises(RecipeError, match="--plan needs -t"):
+        dwindle("distill", "-m", line / "student", "--plan")
+    words = command(line, "-d", line / "train.txt", "-o", line / "out")
+    with pytest.raises(RecipeError, match="'jds' is not one of"):
+        dwindle(*words, "--loss", "jds")
+    with pytest.raises(RecipeError, match="precison is unknown"):
+        dwindle(*words, "--set", "precison=bf16")
+    with pytest.raises(RecipeError, match="--tokens gives it already"):
+        dwindle(*words, "--tokens", "2K", "--set", "tokens=3K")
+    with pytest.raises(DataError, match=r"train.*evaluation|evaluation.*train"):
+        dwindle(*words, "--text", line / "train.txt")
+    with pytest.raises(RecipeError, match=r"h100' is unknown"):
+        dwindle(*command(line, "--plan", "--gpu", "h100"))
+    assert not (line / "out").exists()
