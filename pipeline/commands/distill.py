@@ -94,6 +94,8 @@ def _train(teacher: str | None, model: str, data: tuple[str, ...], output: str, 
     place = Path(output)
     work = place.with_name(f".{place.name}.work")
     trained, record = room.run(student, options, teacher=guide, train=train, folder=work, evaluation=evaluation)
+    if options.cache is not None and guide is not None and teacher is not None:
+        room.remember_teacher(options.cache, teacher)
     save(trained, record, output, as_json)
     if evaluation is not None and not as_json:
         last = record.details["history"][-1]

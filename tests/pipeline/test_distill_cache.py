@@ -58,4 +58,4 @@ def test_without_teacher_or_cache_the_command_asks_for_one(
         capsys, "distill", "-m", workshop / "teacher", "-d", workshop / "train.txt", "-o", tmp_path / "a"
     )
     assert code == 2
-    assert "give -t TEACHER, or --cache FOLDER" in told
+    assert "missing -t TEACHER (or --cache FOLDER" in told
