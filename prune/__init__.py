@@ -3,7 +3,7 @@
 `plan(bundle, PruneOptions(...), calibration)` decides, `run` applies it and makes up for it. `plan_folder` and
 `run_folder` do the same to a checkpoint that is larger than memory.
 
-    deciding        options, planning, budget, keep_plan, plan_table, shape (what a family allows)
+    deciding        options, planning, method, budget, keep_plan, plan_table, shape (what a family allows)
     scores          scores, gradient_scores, depth_scores, calibration_pass; soft_top_k, masks, masked_model,
                     mask_options, learned_plan
     for a device    fit, fit_options, fit_plan, fit_table; capacity (the prior), cost_lines, stored_size, stored_choices

@@ -43,9 +43,10 @@ class PruneOptions:
     shares."""
     bytes: int | None = None
     """The same in bytes of weights as stored."""
-    method: Method = "activation"
+    method: Method | None = None
     """Score of units, groups and channels; all but `magnitude` need calibration data. See `scores`. `soft_top_k` trains
-    masks of units and groups on the training data. See `masks`."""
+    masks of units and groups on the training data. See `masks`. None: `activation`, and `fisher` for FFN units where
+    a share of them is named and the model is in memory. See `method`."""
     masks: MaskOptions = field(default_factory=MaskOptions)
     """How the masks of `soft_top_k` are trained."""
     depth_method: DepthMethod = "block_influence"
@@ -73,7 +74,7 @@ class PruneOptions:
             if value is not None and not value >= least:
                 wrong.append(f"{name}={value!r} (needed: a whole number of at least {least})")
         for name, kind in (("method", Method), ("depth_method", DepthMethod)):
-            if getattr(self, name) not in get_args(kind):
+            if getattr(self, name) not in get_args(kind) and not (name == "method" and self.method is None):
                 wrong.append(f"{name}={getattr(self, name)!r} (needed: {' or '.join(get_args(kind))})")
         if self.method != "soft_top_k" and replace(self.masks, seed=0) != MaskOptions():
             wrong.append(f"masks beside method={self.method!r} (needed: method='soft_top_k', which trains them)")

@@ -17,7 +17,8 @@ from torch import Tensor
 from dwindle.errors import RecipeError
 from dwindle.prune.budget import Counts, best_first, fitted
 from dwindle.prune.keep_plan import KeepPlan, LayerKeep, require_float, weights_sha256
-from dwindle.prune.scores import AxisScores, activation_axis_scores, magnitude_axis_scores
+from dwindle.prune.method import axis_scores, method_name
+from dwindle.prune.scores import AxisScores
 from dwindle.prune.shape import Shape, shape_refusals
 from dwindle.prune.vocabulary import plan_vocabulary
 from dwindle.prune.vocabulary_counts import Corpora
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from dwindle.prune.options import PruneOptions
     from dwindle.train import TrainLine
 
-__all__ = ["axis_scores", "plan", "plan_by_masks", "plan_from_scores"]
+__all__ = ["plan", "plan_by_masks", "plan_from_scores"]
 
 
 def plan(
@@ -90,8 +91,8 @@ def _one_shot_plan(
     _refuse_empty_cuts(bundle, options, counts)
     vocabulary = _planned_vocabulary(bundle, options, corpora, calibration, train)
     scores = AxisScores() if unscored else axis_scores(bundle, options, calibration, counts)
-    found = plan_from_scores(bundle, options, scores, calibration, vocabulary=vocabulary)
-    return replace(found, method="token counts") if unscored else found
+    method = "token counts" if unscored else method_name(bundle, options, counts)
+    return plan_from_scores(bundle, options, scores, calibration, vocabulary=vocabulary, method=method)
 
 
 def _planned_vocabulary(
@@ -111,30 +112,6 @@ def _cuts_nothing_else(bundle: ModelBundle, counts: Counts) -> bool:
     return counts == Counts.of(Shape.of(bundle.anatomy))
 
 
-def axis_scores(
-    bundle: ModelBundle, options: PruneOptions, calibration: TokenSet | None, counts: Counts | None = None
-) -> AxisScores:
-    """Return the options' scores of units, groups, channels, and of layers where some have to go."""
-    from dwindle.prune.depth_scores import activation_and_influence, block_influence, leave_one_out
-    from dwindle.prune.gradient_scores import gradient_axis_scores
-
-    counts = _counts(bundle, options) if counts is None else counts
-    scores_layers = counts.layers < bundle.anatomy.layers or _searches(options)
-    if options.method == "magnitude" or calibration is None:
-        found = magnitude_axis_scores(bundle)
-    elif options.method == "taylor" or options.method == "fisher":
-        found = gradient_axis_scores(bundle, calibration, options.method)
-    elif options.depth_method == "block_influence" and scores_layers:
-        return activation_and_influence(bundle, calibration)
-    else:  # also where masks will choose: they take the number of units from here
-        found = activation_axis_scores(bundle, calibration)
-    layers = None
-    if calibration is not None and scores_layers:
-        score = block_influence if options.depth_method == "block_influence" else leave_one_out
-        layers = score(bundle, calibration)
-    return replace(found, layers=layers)
-
-
 def plan_from_scores(
     bundle: ModelBundle,
     options: PruneOptions,
@@ -142,11 +119,13 @@ def plan_from_scores(
     calibration: TokenSet | None = None,
     *,
     vocabulary: VocabularyPlan | None = None,
+    method: str | None = None,
 ) -> KeepPlan:
     """Return the plan that keeps the best by given scores (learned masks, for instance), as many as the options say.
 
     Given the tokens that stay, a budget counts what the others save before anything else is cut for it.
-    A rotated width is scored here, from the calibration text: by the variance along the axes that stay.
+    A rotated width is scored here, from the calibration text: by the variance along the axes that stay. `method` says
+    where the scores come from, if not from the options' method.
     """
     require_float(bundle)
     shape = Shape.of(bundle.anatomy)
@@ -170,7 +149,7 @@ def plan_from_scores(
         channels = _choice(scores.channels, counts.width)
         width_score = _share([scores.channels], 0, channels)
     made = KeepPlan(
-        method=options.method,
+        method=method or options.method or "scores",
         model_sha256=weights_sha256(bundle),
         shape=shape,
         layers=tuple(kept),
@@ -224,7 +203,7 @@ def _require_data(options: PruneOptions, calibration: TokenSet | None) -> None:
         return
     needing = []
     if options.method not in ("magnitude", "soft_top_k"):
-        needing.append(f"method={options.method!r}")
+        needing.append(f"method={options.method or 'activation'!r}")
     if options.layers_keep < 1:
         needing.append(f"layers_keep={options.layers_keep}")
     if options.rotate:

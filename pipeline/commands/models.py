@@ -41,7 +41,7 @@ _PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "laye
 @click.option("--bytes", "byte_limit", help="The same in bytes of weights as stored, as in 1.5GB.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Apply this plan instead of making one.")
 @click.option("--method", help="activation, taylor, fisher (these need -d), magnitude, or soft_top_k: masks of units "
-              "and heads, trained on the text of -d.  [default: activation]")  # fmt: skip
+              "and heads, trained on the text of -d.  [default: fisher for FFN units, else activation]")  # fmt: skip
 @click.option("--masks", multiple=True, metavar="KEY=VALUE", help="How soft_top_k trains its masks, as in tokens=2M or "
               "weight_rate=3e-4; may be given several times.")  # fmt: skip
 @click.option("--depth-method", help="block_influence or leave_one_out.  [default: block_influence]")

@@ -30,9 +30,22 @@ def calibration_of(bundle: Any, windows: int = 5, tokens: int = 12) -> TokenSet:
     return TokenSet(ids, "calibration", "random", "0", 1, encoding_sha256(bundle.tokenizer))
 
 
+def test_without_a_method_each_axis_goes_by_its_own_best(tiny_bundle: Any) -> None:
+    bundle = tiny_bundle()
+    calibration = calibration_of(bundle)
+    both = plan(bundle, PruneOptions(ffn_keep=0.5, heads_keep=0.5), calibration)
+    assert both.method == "fisher (FFN), activation"
+    units = plan(bundle, PruneOptions(ffn_keep=0.5, method="fisher"), calibration)
+    groups = plan(bundle, PruneOptions(heads_keep=0.5, method="activation"), calibration)
+    assert [k.ffn_units for k in both.layers] == [k.ffn_units for k in units.layers]
+    assert [k.kv_groups for k in both.layers] == [k.kv_groups for k in groups.layers]
+    budget = plan(bundle, PruneOptions(parameters=bundle.size().parameters * 4 // 5), calibration)
+    assert groups.method == budget.method == "activation"
+
+
 def test_the_highest_scores_stay(tiny_bundle: Any) -> None:
     bundle = tiny_bundle()
-    keep = plan(bundle, PruneOptions(ffn_keep=0.5), calibration_of(bundle))
+    keep = plan(bundle, PruneOptions(ffn_keep=0.5, method="activation"), calibration_of(bundle))
     for layer, scores in enumerate(activation_scores(bundle, calibration_of(bundle))):
         units = list(keep.ffn_units[layer])
         assert units == sorted(scores.topk(32).indices.tolist())

@@ -114,7 +114,7 @@ def test_the_folder_is_that_of_the_step_in_memory(
 ) -> None:
     folder = stored(family)
     bundle = ModelBundle.load(folder)
-    options = PruneOptions(**AXES[axis], multiple=8)
+    options = PruneOptions(**{"method": "activation", **AXES[axis]}, multiple=8)
     calibration = None if axis == "magnitude" else calibration_of(bundle)
     made = plan_folder(folder, options, calibration)
     assert made == plan(bundle, options, calibration)
@@ -131,7 +131,7 @@ def test_budgets_depth_alone_and_a_plan_made_before(stored: Callable[..., Path],
         PruneOptions(layers_keep=0.7),
     ):
         require_equal(bundle, folder, tmp_path / "out", options, calibration)
-    options = PruneOptions(ffn_keep=0.5, multiple=8)
+    options = PruneOptions(ffn_keep=0.5, multiple=8, method="activation")
     made = KeepPlan.from_json(json.loads(json.dumps(plan_folder(folder, options, calibration).to_json())))
     applied = run_folder(folder, tmp_path / "applied", options, keep_plan=made)
     assert applied.details["plan"] == made.to_json()
@@ -145,7 +145,7 @@ def test_a_vocabulary_goes_with_the_rest(stored: Callable[..., Path], tmp_path: 
     for overrides in ({}, {"tie_word_embeddings": False}):
         folder = stored("qwen2", **overrides)
         bundle = ModelBundle.load(folder)
-        options = PruneOptions(ffn_keep=0.5, vocabulary_keep=0.97, multiple=4)
+        options = PruneOptions(ffn_keep=0.5, vocabulary_keep=0.97, multiple=4, method="activation")
         require_equal(bundle, folder, tmp_path / "out", options, calibration_of(bundle))
         assert ModelBundle.load(tmp_path / "out").vocabulary_map is not None
 
@@ -155,7 +155,7 @@ def test_a_turned_width(family: str, stored: Callable[..., Path], tmp_path: Path
     """The moments behind the axes are float64 sums in another order: equal to rounding, not to the bit."""
     folder = stored(family, storage_dtype=torch.float32, tie_word_embeddings=False)
     bundle = ModelBundle.load(folder)
-    options = PruneOptions(width_keep=0.75, ffn_keep=0.5, multiple=8)
+    options = PruneOptions(width_keep=0.75, ffn_keep=0.5, multiple=8, method="activation")
     calibration = calibration_of(bundle, windows=12)
     expected = run(bundle, options, calibration)[0]
     record = run_folder(folder, tmp_path / "out", options, calibration)
@@ -211,7 +211,7 @@ def test_one_layer_is_in_memory_and_its_progress_told(
         read.append(sum(p.numel() for p in opened.blocks._model.parameters() if not p.is_meta))
 
     monkeypatch.setattr(opened.blocks, "_fill", counted)
-    options = PruneOptions(ffn_keep=0.5, layers_keep=0.7, multiple=8)
+    options = PruneOptions(ffn_keep=0.5, layers_keep=0.7, multiple=8, method="activation")
     with caplog.at_level(logging.INFO, logger="dwindle"):
         run_folder(opened, tmp_path / "out", options, calibration_of(opened))
     layer = sum(p.numel() for p in opened.model.get_submodule("model.layers.0").parameters())
@@ -255,7 +255,7 @@ def test_peak_memory_is_that_of_a_layer(
     stored: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scored, refitted and cut with less than half of what the model in float32 alone would take."""
-    options = PruneOptions(ffn_keep=0.5, heads_keep=0.5, layers_keep=0.5)
+    options = PruneOptions(ffn_keep=0.5, heads_keep=0.5, layers_keep=0.5, method="activation")
     tiny = FolderBundle.open(stored())
     run_folder(tiny, tmp_path / "tiny", options, calibration_of(tiny))  # what transformers imports is in memory by now
     monkeypatch.undo()
@@ -302,7 +302,7 @@ def test_bad_input_leaves_nothing_behind(tiny_bundle: Factory, stored: Callable[
     folder = stored()
     opened = FolderBundle.open(folder)
     calibration = calibration_of(opened)
-    options = PruneOptions(ffn_keep=0.5, multiple=8)
+    options = PruneOptions(ffn_keep=0.5, multiple=8, method="activation")
     with pytest.raises(DoesNotFit, match="100 parameters cannot be reached"):
         run_folder(folder, tmp_path / "out", PruneOptions(parameters=100), calibration)
     other = plan(tiny_bundle("llama", num_hidden_layers=3, seed=5), options, calibration)

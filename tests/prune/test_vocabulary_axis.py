@@ -83,7 +83,7 @@ def test_all_axes_in_one_plan(worded: Any, tmp_path: Path, family: str) -> None:
 
 def test_the_vocabulary_alone_needs_no_scores(worded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, texts = worded(), [TEXT]
-    monkeypatch.setattr("dwindle.prune.planning.activation_axis_scores", None)
+    monkeypatch.setattr("dwindle.prune.method.activation_axis_scores", None)
     options = PruneOptions(vocabulary_min_count=1, multiple=1)
     chosen = plan(bundle, options, corpora=texts)
     assert chosen.method == "token counts"
