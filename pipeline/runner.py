@@ -18,20 +18,17 @@ from typing import Any
 from dwindle import devices, distill, export, prune, quantize
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
-from dwindle.data import DataOptions, TokenSets, build_token_sets, training_set
-from dwindle.measure import Meter
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
 from dwindle.pipeline.plan import require_carried
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
+from dwindle.pipeline.run_texts import RunTexts
 from dwindle.pipeline.step_keys import code_sha256, plain, profile_sha256
 from dwindle.pipeline.summary import artifact_line, step_line
 from dwindle.pipeline.write_reports import write_reports
 from dwindle.report import Artifact, Measurement, Report, Skipped, StepRecord, TargetVerdict
-from dwindle.storage import atomic_file, hash_folder, hash_json, require_space
-from dwindle.token_set import TokenSet
-from dwindle.tokenization import encoding_sha256
+from dwindle.storage import hash_folder, hash_json, require_space
 
 __all__ = ["run"]
 
@@ -84,56 +81,24 @@ class _Line:
         )
         require_carried(recipe, self.teacher.anatomy)
         self._check_space()
-        notify("data: tokenising and packing")
-        self.data: TokenSets = build_token_sets(recipe.data, self.teacher.tokenizer, self.teacher.anatomy.context)
-        if self.data.held_out_text is not None:  # what `dwindle evaluate --text` needs to give the numbers again
-            with atomic_file(self.folder.path / "data" / "evaluation.txt") as place:
-                place.write_text(self.data.held_out_text, encoding="utf-8", newline="")
-        self.meter = Meter(self.data.evaluation, self.teacher)
-        self._texts = {encoding_sha256(self.teacher.tokenizer): (self.data, self.meter)}
-        self.data_sha256 = {s.role: s.sha256 for s in (self.data.train, self.data.calibration, self.data.evaluation)}
+        self.texts = RunTexts(recipe.data, self.teacher, notify)
+        self.texts.write_held_out(self.folder.path / "data" / "evaluation.txt")
         self.report = Report(
             environment=environment(torch_device),
             inputs={
                 "teacher": {"model": recipe.teacher, "sha256": self.teacher.content_sha256},
-                "data": self._data_card(),
+                "data": self.texts.card(),
                 "seed": recipe.seed,
                 "recipe": recipe.name,
             },
         )
 
-    def _texts_of(self, bundle: ModelBundle) -> tuple[TokenSets, Meter]:
-        """Return the token sets and the meter in the bundle's own tokens: of the same text, where pruning cut them.
-
-        The keys of steps hash the sets of the teacher's tokenizer; these follow from them and the input model's hash.
-        """
-        digest = encoding_sha256(bundle.tokenizer)
-        if digest not in self._texts:
-            self.notify("data: tokenising and packing again, the vocabulary was cut")
-            sets = build_token_sets(self.recipe.data, bundle.tokenizer, self.teacher.anatomy.context,
-                                    counted_by=self.teacher.tokenizer)  # fmt: skip
-            self._texts[digest] = sets, Meter(sets.evaluation, self.teacher)
-        return self._texts[digest]
-
     def _check_space(self) -> None:
         size = self.teacher.size().bytes
         require_space(self.folder.path, 4 * size * (len(self.recipe.steps) + 2))
 
-    def _data_card(self) -> dict[str, Any]:
-        sets = (self.data.train, self.data.calibration, self.data.evaluation)
-        return {
-            s.role: {
-                "source": s.source,
-                "tokens": s.tokens,
-                "bytes": s.text_bytes,
-                "sha256": s.sha256,
-                "licence": s.licence,
-            }
-            for s in sets
-        }
-
     def run(self) -> Report:
-        self.folder.log("start", recipe=self.recipe.name, data=self.data_sha256)
+        self.folder.log("start", recipe=self.recipe.name, data=self.texts.sha256)
         ends = [self._measured_teacher()]
         self.guide = float_end = ends[0]
         artifacts: list[tuple[Artifact, Path]] = []
@@ -165,7 +130,7 @@ class _Line:
                 "variant": variant,
                 "options": plain(options),
                 "inputs": dict(inputs),
-                "data": self.data_sha256,
+                "data": self.texts.sha256,
                 "teacher": self.teacher.content_sha256,
                 "seed": self.recipe.seed,
                 "device": self.device.split(":")[0],
@@ -179,7 +144,7 @@ class _Line:
         entry = self.folder.cached(place, key)
         if entry is None:
             self.notify("teacher: measuring")
-            measured = self.meter.measure(self.teacher)
+            measured = self.texts.of(self.teacher)[1].measure(self.teacher)
             entry = self.folder.store(place, key, lambda _: {"measurement": measured.to_json()})
         return _Stage(None, self.teacher.content_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
 
@@ -191,7 +156,7 @@ class _Line:
         if step.name == "distill":
             inputs["guide"] = self.guide.sha256
             if options.data is not None:
-                inputs["train"] = self._stage_set(options.data, self.teacher).sha256
+                inputs["train"] = self.texts.of_step(options.data, self.teacher).sha256
         key = self._key(step.name, variant, options, inputs, _ROOMS.get(step.name, step.name))
         entry = self.folder.cached(place, key)
         if entry is not None:
@@ -214,7 +179,7 @@ class _Line:
         def fill(partial: Path) -> dict[str, Any]:
             bundle.save(partial / "model")
             stored = ModelBundle.load(partial / "model", torch_device=self.device)
-            after = self._texts_of(stored)[1].measure(stored)
+            after = self.texts.of(stored)[1].measure(stored)
             whole = replace(
                 record,
                 skipped=record.skipped + _regression(step.name, source.measurement, after) + _other_tokens(record),
@@ -239,23 +204,17 @@ class _Line:
         return entry
 
     def _call(self, name: str, bundle: ModelBundle, options: Any, work: Path) -> tuple[ModelBundle, StepRecord]:
-        data = self._texts_of(bundle)[0]
+        data = self.texts.of(bundle)[0]
         if name == "prune":
             return prune.run(bundle, options, data.calibration, train=data.train, folder=work)
         if name == "correct_teacher":
             return distill.correct_teacher(bundle, options, train_tokens=data.train, folder=work)
         if name == "distill":
-            train = data.train if options.data is None else self._stage_set(options.data, bundle)
+            train = data.train if options.data is None else self.texts.of_step(options.data, bundle)
             watched = None if options.evaluate_every is None else data.evaluation
             guide = self.guide.loaded(self.device)
             return distill.run(bundle, options, teacher=guide, train=train, folder=work, evaluation=watched)
         return quantize.run(bundle, options, data.calibration, train=data.train, folder=work)
-
-    def _stage_set(self, options: DataOptions, bundle: ModelBundle) -> TokenSet:
-        """Return a step's own training set in the bundle's tokens, without what calibrates or measures."""
-        sets = self._texts_of(bundle)[0]
-        return training_set(options, bundle.tokenizer, self.teacher.anatomy.context,
-                            apart_from=(sets.calibration, sets.evaluation))  # fmt: skip
 
     # -- export and validate -------------------------------------------------------------------------------------
 
@@ -284,7 +243,7 @@ class _Line:
     def _fresh_export(self, plan: ExportPlan, source: _Stage, place: Path, record: Path, key: str) -> dict[str, Any]:
         with StepClock() as clock:
             bundle = source.loaded(self.device)
-            evaluation = self._texts_of(bundle)[0].evaluation
+            evaluation = self.texts.of(bundle)[0].evaluation
             made = export.run(bundle, plan.options, place.parent, evaluation=evaluation)[0]
         artifact = replace(
             made,
