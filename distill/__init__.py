@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dwindle.distill.cache_options import CacheOptions
 from dwindle.distill.cache_writer import write_cache
-from dwindle.distill.cached_teacher import CachedTeacher, remember_teacher, teacher_is_needed
+from dwindle.distill.cached_teacher import CachedTeacher, model_files_sha256, remember_teacher, teacher_is_needed
 from dwindle.distill.correction import CorrectTeacherOptions, correct_teacher
 from dwindle.distill.logit_cache import LogitCache
 from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy_options import OnPolicyOptions
-from dwindle.distill.options import DistillOptions, LossSpec
+from dwindle.distill.options import DistillOptions, LossSpec, TeacherSpec
 from dwindle.distill.step import run
-from dwindle.distill.teacher_signal import LiveTeacher, TeacherSignal, TeacherTargets
+from dwindle.distill.teacher_signal import LiveTeacher, SeveralTeachers, TeacherSignal, TeacherTargets
 
 __all__ = [
     "CacheOptions",
@@ -31,9 +31,12 @@ __all__ = [
     "LogitCache",
     "LossSpec",
     "OnPolicyOptions",
+    "SeveralTeachers",
     "TeacherSignal",
+    "TeacherSpec",
     "TeacherTargets",
     "correct_teacher",
+    "model_files_sha256",
     "remember_teacher",
     "run",
     "teacher_is_needed",

@@ -11,7 +11,21 @@ from dwindle.distill.on_policy_options import OnPolicyOptions
 from dwindle.errors import RecipeError
 from dwindle.train_options import TrainOptions
 
-__all__ = ["DistillOptions", "LossName", "LossSpec"]
+__all__ = ["DistillOptions", "LossName", "LossSpec", "TeacherSpec"]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher beside the first one."""
+
+    model: str
+    """Folder or Hugging Face id; its tokenizer must be the first one's."""
+    share: float
+    """Its part in the mean of the teachers' probabilities; the first one has what is left."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise RecipeError(f"distill: share={self.share!r} of teacher {self.model} (needed: between 0 and 1).")
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,8 @@ class DistillOptions(TrainOptions):
     """Logit cache to train from, by its folder or in full; what is missing in it is written first."""
     on_policy: OnPolicyOptions | None = None
     """Which share of the windows student or teacher write anew during training; None: none."""
+    other_teachers: tuple[TeacherSpec, ...] = ()
+    """Further live teachers: the student follows the weighted mean of all probabilities."""
     data: DataOptions | None = None
     """In a recipe: this step's own text, mix and length in place of the recipe's: a stage of a curriculum."""
 
@@ -39,6 +55,12 @@ class DistillOptions(TrainOptions):
             wrong := self.cache.wrong_losses((loss.name, loss.temperature) for loss in self.losses)
         ):
             raise RecipeError(f"distill: {'; '.join(wrong)}.")
+        object.__setattr__(self, "other_teachers", tuple(self.other_teachers))
+        if self.other_teachers:
+            total = sum(spec.share for spec in self.other_teachers)
+            if total >= 1 or self.cache is not None:
+                raise RecipeError(f"distill: other_teachers with shares of {total:g} in all"
+                                  f"{' and a cache' if self.cache else ''} (needed: below 1, live).")  # fmt: skip
         if self.on_policy is not None:
             self.on_policy.losses(self.losses)
             if self.cache is not None:

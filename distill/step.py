@@ -14,9 +14,9 @@ from dwindle.distill.cached_teacher import CachedTeacher, prepared_cache
 from dwindle.distill.layer_match import PROJECTIONS, attach_projections, layer_pairs
 from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy import OnPolicyObjective
-from dwindle.distill.options import DistillOptions
+from dwindle.distill.options import DistillOptions, TeacherSpec
 from dwindle.distill.probe import Probe
-from dwindle.distill.teacher_signal import LiveTeacher, TeacherSignal
+from dwindle.distill.teacher_signal import LiveTeacher, SeveralTeachers, TeacherSignal
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Skipped, StepRecord
 from dwindle.token_set import TokenSet
@@ -72,7 +72,8 @@ def run(
         result = _train(model, objective, train, options, folder, on_step, identity, probe)
         if hasattr(model, PROJECTIONS):
             delattr(model, PROJECTIONS)
-        recorded = {**asdict(options), "betas": list(options.betas), "losses": losses, "cache": taught["cache"]}
+        recorded = {**asdict(options), "betas": list(options.betas), "losses": losses, "cache": taught["cache"],
+                    "other_teachers": taught.get("others", []), "data": None}  # fmt: skip
         distilled = student.derive(model, "distill", recorded, inputs).stored_dtype_rounded()
         after = distilled.size()
     details, skipped = _tell(result, options)
@@ -89,8 +90,32 @@ def _signal(
         cache = prepared_cache(student, tokens, options.cache, teacher, mapped=mapped)
         return CachedTeacher(cache), {"teacher": cache.manifest.teacher, "cache": cache.identity}
     assert teacher is not None
-    live = LiveTeacher(teacher, mapped=mapped, layers=layers)
-    return live, {"teacher": teacher.content_sha256, "cache": None}
+    live: TeacherSignal = LiveTeacher(teacher, mapped=mapped, layers=layers)
+    told: dict[str, Any] = {"teacher": teacher.content_sha256, "cache": None}
+    if options.other_teachers:
+        others = [_other(spec, student, tokens) for spec in options.other_teachers]
+        shares = [spec.share for spec in options.other_teachers]
+        signals = [live, *(LiveTeacher(bundle, mapped=own) for bundle, own in others)]
+        live = SeveralTeachers(signals, [1 - sum(shares), *shares])
+        told["others"] = [[bundle.content_sha256, share] for (bundle, _), share in zip(others, shares, strict=True)]
+    return live, told
+
+
+def _other(spec: TeacherSpec, student: ModelBundle, tokens: TokenSet) -> tuple[ModelBundle, VocabularyMap | None]:
+    """Return a further teacher and its map; raise RecipeError if it does not speak the student's tokens."""
+    from dwindle.bundle import ModelBundle
+
+    bundle = ModelBundle.load(spec.model, torch_device=student.model.device)
+    try:
+        mapped = map_between(bundle, student)
+    except UnsupportedModel as error:
+        raise RecipeError(f"distill: teacher {spec.model}: {error}") from error
+    if mapped is None and encoding_sha256(bundle.tokenizer) != tokens.tokenizer_sha256:
+        raise RecipeError(f"distill: teacher {spec.model}: its tokenizer is another one (ids must mean the same).")
+    if bundle.anatomy.context < (window := tokens.ids.shape[1] - 1):
+        raise RecipeError(f"distill: teacher {spec.model}: windows predict {window:,} tokens, its context is "
+                          f"{bundle.anatomy.context:,}.")  # fmt: skip
+    return bundle, mapped
 
 
 def _layer_pairs(

@@ -18,6 +18,7 @@ from typing import Any
 from dwindle import devices, distill, export, prune, quantize
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
+from dwindle.model_source import find_folder
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
 from dwindle.pipeline.plan import require_carried
@@ -155,6 +156,8 @@ class _Line:
         inputs = {"model": source.sha256}
         if step.name == "distill":
             inputs["guide"] = self.guide.sha256
+            for place in options.other_teachers:
+                inputs[f"teacher {place.model}"] = distill.model_files_sha256(find_folder(place.model)[0])
             if options.data is not None:
                 inputs["train"] = self.texts.of_step(options.data, self.teacher).sha256
         key = self._key(step.name, variant, options, inputs, _ROOMS.get(step.name, step.name))

@@ -124,7 +124,7 @@ def test_masks_are_options_inside_the_step() -> None:
     steps = [{"prune": {"ffn_keep": 0.34, "method": "soft_top_k", "masks": {"tokens": "2M", "weight_rate": "3e-4"}}}]
     masks = Recipe.parse(raw(steps=steps, seed=7)).options[0, None].masks
     assert (masks.tokens, masks.weight_rate, masks.seed) == (2_000_000, 3e-4, 7)
-    assert Recipe.parse(raw(seed=7)).options[0, None].method == "activation"
+    assert Recipe.parse(raw(seed=7)).options[0, None].method is None
 
 
 @pytest.mark.parametrize(
