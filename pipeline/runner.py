@@ -157,7 +157,7 @@ class _Line:
         if step.name == "distill":
             inputs["guide"] = self.guide.sha256
             for place in options.other_teachers:
-                inputs[f"teacher {place.model}"] = distill.model_files_sha256(find_folder(place.model)[0])
+                inputs[f"teacher {place.model}"] = str(distill.model_files_sha256(find_folder(place.model)[0]))
             if options.data is not None:
                 inputs["train"] = self.texts.of_step(options.data, self.teacher).sha256
         key = self._key(step.name, variant, options, inputs, _ROOMS.get(step.name, step.name))
