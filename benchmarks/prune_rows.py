@@ -62,9 +62,9 @@ def kept_units(table: Table, units: int) -> int:
 
 
 ROWS = (
-    Row("dwindle: activation, compensated (default)", "half", {"method": "activation"}),
+    Row("dwindle: activation, compensated", "half", {"method": "activation"}),
     Row("dwindle: taylor, compensated", "half", {"method": "taylor"}),
-    Row("dwindle: fisher, compensated", "half", {"method": "fisher"}),
+    Row("dwindle: fisher, compensated (default)", "half", {"method": "fisher"}),
     Row("dwindle: magnitude, compensated", "half", {"method": "magnitude"}),
     Row("magnitude", "half", {"method": "magnitude", "compensate": False}),
     Row("activation (Minitron)", "half", {"method": "activation", "compensate": False}),
