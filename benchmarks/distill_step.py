@@ -76,19 +76,22 @@ def prepare(place: Path, steps: int) -> None:
     write_cache(bundle(place, "teacher"), tokens(place), CacheOptions(str(place / "cache")))
 
 
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one word: bundles have one, and nothing is read with it here."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0}, "<eos>")))
+
+
 def bundle(place: Path, name: str) -> ModelBundle:
     """Return one of the models, its weights read from disk by now."""
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0})))
     model = AutoModelForCausalLM.from_pretrained(place / name, dtype=torch.float32)
     sum(float(p.detach().sum()) for p in model.parameters())
-    return ModelBundle.from_model(model, plain, name=name)
+    return ModelBundle.from_model(model, plain_tokenizer(), name=name)
 
 
 def tokens(place: Path) -> TokenSet:
     """Return the training windows."""
     ids = load_file(place / "windows")["ids"]
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0})))
-    return TokenSet(ids, "train", "random", "0" * 64, 0, encoding_sha256(plain))
+    return TokenSet(ids, "train", "random", "0" * 64, 0, encoding_sha256(plain_tokenizer()))
 
 
 def status_bytes(name: str) -> int:

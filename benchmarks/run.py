@@ -6,7 +6,9 @@ pair of runs. Absolute seconds mean little on a shared machine; the ratios of al
 `quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
 on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
 `gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
-(`prune_quality.py`; an hour or two, it goes on where it stopped).
+(`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
+measure a loss alone, a training step and the students of each loss (`distill_loss.py`, `distill_step.py`,
+`distill_quality.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "prune", "distill-loss")
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "prune", "distill-loss", "distill-step",
+         "distill-quality")  # fmt: skip
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -93,6 +96,12 @@ def main() -> None:
         elif name == "distill-loss":
             command = [sys.executable, "-P", str(HERE / "distill_loss.py"), "--peers", peers[0]]
             subprocess.run([*command, "--runs", str(options.runs), "--check"], check=True)
+        elif name == "distill-step":
+            command = [sys.executable, "-P", str(HERE / "distill_step.py"), "--peers", peers[0]]
+            subprocess.run([*command, "--runs", str(options.runs)], check=True)
+        elif name == "distill-quality":
+            results = ["--results", str(RESULTS / "distill_quality.json")]
+            subprocess.run([sys.executable, str(HERE / "distill_quality.py"), *results, "--peer", peers[0]], check=True)
         elif name == "gate":
             subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:

@@ -3,8 +3,8 @@
 FFN units go by Fisher information: on three models cut to half it gives the lowest loss of five scores, and it keeps
 the lead after 300 steps of distillation (docs/pruning.md). KV groups and channels go by activation, which is better for
 them (0.754 against 0.798 nats/token on the embedded teacher) and needs no backward pass. A budget weighs axes against
-each other and needs one kind of score for all; a checkpoint larger than memory has no gradients; experts are few and see
-other tokens each: these go by activation alone.
+each other and needs one kind of score for all; a checkpoint larger than memory has no gradients; experts are few and
+see other tokens each: these go by activation alone.
 """
 
 from __future__ import annotations

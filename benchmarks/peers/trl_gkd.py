@@ -60,7 +60,7 @@ def collated(windows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def no_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer for the trainer, which wants one and reads nothing with it here."""
     special = dict.fromkeys(("eos_token", "pad_token"), "<eos>")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0})), **special)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0}, "<eos>")), **special)
 
 
 def optimizer_of(model: torch.nn.Module, asked: argparse.Namespace, rates: torch.Tensor) -> tuple[Any, Any]:
@@ -96,7 +96,7 @@ def main() -> None:
         config = GKDConfig(
             output_dir=folder, lmbda=0.0, beta=asked.beta, max_steps=len(given["rates"]), max_grad_norm=1.0,
             per_device_train_batch_size=asked.batch, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-            gradient_checkpointing=asked.checkpointing, disable_tqdm=True, max_length=None,
+            gradient_checkpointing=asked.checkpointing, disable_tqdm=True, max_length=None, logging_steps=1,
         )  # fmt: skip
         trainer = InOrder(
             student, teacher, config, data_collator=collated, processing_class=no_tokenizer(), callbacks=[clock],
@@ -115,7 +115,7 @@ def main() -> None:
     print("\n" + json.dumps({
         "cpu_seconds": [after[0] - before[0] for before, after in pairs],
         "wall_seconds": [after[1] - before[1] for before, after in pairs],
-        "peak_over_base_bytes": peak, "base_bytes": base, "last_loss": losses[-1] if losses else None,
+        "peak_over_base_bytes": peak, "base_bytes": base, "last_loss": losses[-1],
         "versions": {name: importlib.metadata.version(name) for name in names},
     }))  # fmt: skip
 
