@@ -30,9 +30,9 @@ def test_two_processes_distill_as_one(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for ours, theirs in zip(found["lines"], one["lines"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert found["held"]["student"] == pytest.approx(one["held"]["student"] / 2, rel=0.02)  # padded to whole rows
         outside = two_processes.VOCAB * two_processes.TEACHER_WIDTH + two_processes.TEACHER_WIDTH  # stay gathered
-        layers = one["teacher_parameters"] - outside
-        assert found["teacher_parameters"] <= 0.51 * layers + outside
+        assert found["held"]["teacher"] <= 0.51 * (one["held"]["teacher"] - outside) + outside
         assert found["weights"].keys() == one["weights"].keys()
         assert "layer_projections.1.weight" in one["weights"]
         for name, value in one["weights"].items():

@@ -47,6 +47,11 @@ def model(family: str, seed: int, width: int, layers: int) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
 
 
+def local_numbers(module: Any) -> int:
+    """Return how many of a module's weights this process holds."""
+    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
+
+
 def outcome() -> dict[str, Any]:
     """Return losses, norms, evaluations and final weights, as JSON."""
     ids = torch.randint(0, VOCAB, (24, 13), generator=torch.Generator().manual_seed(1))
@@ -59,13 +64,19 @@ def outcome() -> dict[str, Any]:
     objective = DistillObjective(LOSSES, live, PAIRS)
     tokenizer: Any = None  # samples are written to no folder
     probe = Probe(held_out, live, 12, tokenizer)
-    read = train(student, objective, tokens, OPTIONS, evaluate=probe)
+    held = dict[str, int]()
+
+    def watch(module: Any, step: int) -> dict[str, float]:
+        held["student"] = local_numbers(module)
+        return probe(module, step)
+
+    read = train(student, objective, tokens, OPTIONS, evaluate=watch)
     written = OnPolicyObjective(objective, OnPolicyOptions(share=1.0, temperature=0.0))
     wrote = train(student, written, tokens, replace(OPTIONS, steps=2))
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in live._model.parameters())
+    held["teacher"] = local_numbers(live._model)
     lines = [{"loss": line.loss, "norm": line.grad_norm, **line.parts} for line in (*read.history, *wrote.history)]
     weights = {name: p.flatten().tolist() for name, p in student.named_parameters()}
-    return {"lines": lines, "teacher_parameters": held, "weights": weights}
+    return {"lines": lines, "held": held, "weights": weights}
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_prune_works_on_large_checkpoints_layer_by_layer(
     def words(output: str, *more: object) -> list[object]:
         return ["prune", "-m", workshop / "teacher", "-o", tmp_path / output, "-d", workshop / "train.txt", *more]
 
-    cuts = ["--keep", "ffn=0.5", "--keep", "layers=0.5", "--json"]
+    cuts = ["--keep", "ffn=0.5", "--keep", "layers=0.5", "--method", "activation", "--json"]
     code, whole, _ = invoke(capsys, *words("whole", *cuts))
     assert code == 0
     monkeypatch.setattr("dwindle.weight_source.STREAMED_PARAMETERS", 0)
