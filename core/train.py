@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from dwindle.checkpoint import Checkpoints
 from dwindle.data_order import mixed_seed, windows_of_step
 from dwindle.errors import DataError, RecipeError
+from dwindle.evaluation_mode import evaluating
 from dwindle.progress import progress_bar
 from dwindle.recomputation import recomputed
 from dwindle.schedules import schedule_of
@@ -170,14 +171,8 @@ class _Run:
 
     def evaluation(self, evaluate: Evaluate, step: int) -> dict[str, float]:
         """Return what `evaluate` says of the model as it is now; training mode comes back."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model, step).items()}
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.model), torch.no_grad():
+            return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model, step).items()}
 
 
 def _content_sum(model: nn.Module) -> int:

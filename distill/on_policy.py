@@ -15,8 +15,7 @@ a resumed run draws the same text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from dwindle.continuation import continued
 from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy_options import OnPolicyOptions
+from dwindle.evaluation_mode import evaluating
 
 __all__ = ["OnPolicyObjective"]
 
@@ -63,7 +63,7 @@ class OnPolicyObjective:
         length = batch.shape[1]
         prompt = min(length - 1, max(1, round(self.options.prompt_share * length)))
         writer = model if self.teacher is None or self.options.writer == "student" else self.teacher
-        with _evaluating(writer):
+        with evaluating(writer):
             text = continued(writer, batch[:, :prompt], length, temperature=self.options.temperature)
         mask = torch.zeros(len(batch), length - 1, device=batch.device)
         mask[:, prompt - 1 :] = 1
@@ -72,15 +72,3 @@ class OnPolicyObjective:
 
 def _named(parts: Mapping[str, float], kind: str) -> dict[str, float]:
     return {f"{name}_{kind}": value for name, value in parts.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off for a while."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

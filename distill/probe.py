@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dwindle.continuation import continued
 from dwindle.distill.head import HeadStates, head_of, inside
 from dwindle.distill.teacher_signal import TeacherSignal
+from dwindle.sharding import Processes
 from dwindle.token_set import TokenSet
 
 if TYPE_CHECKING:
@@ -84,17 +85,13 @@ class Probe:
             return
         length = min(SAMPLE_PROMPT + SAMPLE_TOKENS, max(len(window) for window in self._windows))
         texts = continued(model, torch.stack(prompts), length, temperature=0)
-        if self._folder is None or not self._first():
+        if self._folder is None or not Processes.current(texts.device).first:
             return
         with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as log:
             for prompt, text in zip(prompts, texts, strict=True):
                 told = {"step": step, "prompt": self._tokenizer.decode(prompt),
                         "text": self._tokenizer.decode(text[len(prompt) :])}  # fmt: skip
                 log.write(json.dumps(told, ensure_ascii=False) + "\n")
-
-    @staticmethod
-    def _first() -> bool:
-        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _logits(source: HeadStates | Tensor, rows: slice) -> Tensor:

@@ -64,7 +64,7 @@ _log = logging.getLogger("dwindle")
 def needs_whole_model(options: PruneOptions, anatomy: Anatomy) -> list[str]:
     """Return what of the options and the model cannot be worked on layer by layer."""
     wrong = [f"method={options.method}"] if options.method in _WHOLE_MODEL else []
-    chooses = options.layers_keep < 1 or options.parameters is not None or options.bytes is not None
+    chooses = options.layers_keep < 1 or options.budgeted
     if chooses and options.depth_method != "block_influence":
         wrong.append(f"depth_method={options.depth_method}")
     return wrong + _with_experts(anatomy)

@@ -25,15 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["axis_scores", "method_name"]
 
 
-def _budgeted(options: PruneOptions) -> bool:
-    return options.parameters is not None or options.bytes is not None
-
-
 def _units_by_fisher(bundle: ModelBundle, options: PruneOptions, counts: Counts) -> bool:
     """Return whether FFN units go by Fisher information, though no method was named."""
     cut = counts.ffn < Shape.of(bundle.anatomy).ffn_width
     dense = not bundle.anatomy.has_experts and not isinstance(bundle, FolderBundle)
-    return options.method is None and cut and dense and not _budgeted(options)
+    return options.method is None and cut and dense and not options.budgeted
 
 
 def method_name(bundle: ModelBundle, options: PruneOptions, counts: Counts) -> str:
@@ -48,7 +44,7 @@ def axis_scores(bundle: ModelBundle, options: PruneOptions, calibration: TokenSe
     from dwindle.prune.depth_scores import activation_and_influence, block_influence, leave_one_out
     from dwindle.prune.gradient_scores import gradient_axis_scores
 
-    scores_layers = counts.layers < bundle.anatomy.layers or _budgeted(options)
+    scores_layers = counts.layers < bundle.anatomy.layers or options.budgeted
     by_influence = scores_layers and options.depth_method == "block_influence"
     if calibration is None or options.method == "magnitude":
         found = magnitude_axis_scores(bundle)

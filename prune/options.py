@@ -89,6 +89,11 @@ class PruneOptions:
             raise RecipeError(f"prune: {'; '.join(wrong)}.")
 
     @property
+    def budgeted(self) -> bool:
+        """Return whether the counts follow from a number of parameters or bytes."""
+        return self.parameters is not None or self.bytes is not None
+
+    @property
     def vocabulary(self) -> VocabularyOptions | None:
         """Return how the vocabulary is cut, None where it is left alone.
 

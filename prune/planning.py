@@ -85,7 +85,7 @@ def _one_shot_plan(
 ) -> KeepPlan:
     require_float(bundle)
     counts = _counts(bundle, options)
-    unscored = options.vocabulary is not None and not _searches(options) and _cuts_nothing_else(bundle, counts)
+    unscored = options.vocabulary is not None and not options.budgeted and _cuts_nothing_else(bundle, counts)
     if not unscored:
         _require_data(options, calibration)
     _refuse_empty_cuts(bundle, options, counts)
@@ -131,7 +131,7 @@ def plan_from_scores(
     shape = Shape.of(bundle.anatomy)
     counts = _counts(bundle, options)
     rotated = _turns(bundle, options, counts, calibration, scores.layers)
-    if _searches(options):
+    if options.budgeted:
         short = shape if vocabulary is None else replace(shape, vocab=len(vocabulary.tokens))
         counts = fitted(short, counts, scores, options, bundle.storage_dtype.itemsize, rotated)
     layers = range(shape.layers) if scores.layers is None else _best(scores.layers, counts.layers)
@@ -181,10 +181,6 @@ def _chosen_experts(shape: Shape, scores: AxisScores, layer: int, counts: Counts
     return found
 
 
-def _searches(options: PruneOptions) -> bool:
-    return options.parameters is not None or options.bytes is not None
-
-
 def _counts(bundle: ModelBundle, options: PruneOptions) -> Counts:
     shape = Shape.of(bundle.anatomy)
     return Counts(
@@ -208,7 +204,7 @@ def _require_data(options: PruneOptions, calibration: TokenSet | None) -> None:
         needing.append(f"layers_keep={options.layers_keep}")
     if options.rotate:
         needing.append("rotate")
-    if _searches(options):
+    if options.budgeted:
         needing.append("a budget")
     if needing:
         raise RecipeError(
@@ -230,7 +226,7 @@ def _refuse_empty_cuts(bundle: ModelBundle, options: PruneOptions, counts: Count
         kind = "whose FFN units are those of its experts (expert_width_keep)" if shape.experts else "without experts"
         raise RecipeError(f"prune: {', '.join(absent)} cuts nothing in this {shape.model_type} model, {kind}. Leave it "
                           "out.")  # fmt: skip
-    if not asked and not _searches(options) and options.vocabulary is None:
+    if not asked and not options.budgeted and options.vocabulary is None:
         raise RecipeError("prune: nothing to cut is named. Give a share below 1, as in ffn_keep=0.5, or a budget.")
     whole = [(axis, size) for axis, size, left in rows if axis in asked and left == size > 0]
     empty = [f"{axis}={getattr(options, axis)} of {size:,}" for axis, size in whole]
