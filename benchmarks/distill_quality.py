@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marked_page import between
 from protocol import RealModel, model_folder
 from safetensors.torch import load_file, save_file
 
@@ -215,11 +216,7 @@ def written_into(page: str, records: list[Record]) -> str:
     >>> written_into(f"a\\n{BEGIN}\\nold\\n{END}\\nb", []).splitlines() == ["a", BEGIN, "", END, "b"]
     True
     """
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"the page has no line {BEGIN} with a line {END} after it; add both where the table belongs.")
-    return f"{before}{BEGIN}\n{markdown(records)}\n{END}{after}"
+    return between(page, BEGIN, END, markdown(records))
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from marked_page import between
+
 __all__ = ["BEGIN", "END", "markdown", "written_into"]
 
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
@@ -32,11 +34,7 @@ def written_into(page: str, records: Iterable[Mapping[str, Any]]) -> str:
     >>> written_into(f"a\\n{BEGIN}\\nold\\n{END}\\nb", []).splitlines() == ["a", BEGIN, "", END, "b"]
     True
     """
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"the page has no line {BEGIN} with a line {END} after it; add both where the table belongs.")
-    return f"{before}{BEGIN}\n{markdown(records)}\n{END}{after}"
+    return between(page, BEGIN, END, markdown(records))
 
 
 def _table(model: str, kind: str, records: list[Mapping[str, Any]]) -> str:
