@@ -1,24 +1,28 @@
-"""Two runs side by side, and which results became worse by more than is allowed.
+"""Two or more runs side by side, and which results became worse than the first run's by more than is allowed.
 
 Judged are the last model of each variant (bytes, bits per weight, nats/token, agreement), the bytes of each artifact
-and each metric of a target; steps on the way, KL and times are shown but not judged, since a pruned model may be worse
-before distillation and a time depends on what else the machine did. A regression is a relative change in the bad
-direction. A judged number that disappeared counts as one; numbers of different basis are not compared, which is said.
+and each metric of a target; `metrics` names others in their place. Steps on the way, KL and times are shown but not
+judged, since a pruned model may be worse before distillation and a time depends on what else the machine did. A
+regression is a relative change in the bad direction, from the first run to each of the others. A judged number that
+disappeared counts as one; numbers of different basis are not compared, which is said.
+
+What was asked for is compared too: every key of the recipes, the inputs and the versions that is not the same in all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from dwindle.errors import RecipeError
+from dwindle.errors import RecipeError, did_you_mean
 from dwindle.pipeline import figures
-from dwindle.report import Measurement, Report, StepRecord
+from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord
 
-__all__ = ["Comparison", "Row", "compare_reports", "parse_percent"]
+__all__ = ["Comparison", "Difference", "Row", "Run", "compare_runs", "parse_percent"]
 
+T = TypeVar("T")
 _HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_sustained", "top1_agreement")
 _OF_A_MODEL = (
     "parameters",
@@ -34,23 +38,47 @@ _JUDGED_OF_A_MODEL = ("bytes", "bits_per_weight", "nats_per_token", "top1_agreem
 
 
 @dataclass(frozen=True)
+class Run:
+    """One run: what it is called here, what it reports, and what was asked for (the recipe as a mapping)."""
+
+    name: str
+    report: Report
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key of the recipe, the inputs or the environment that is not the same in all runs; None where it is absent."""
+
+    key: str
+    values: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One number in both runs. `worse` is the relative change in the bad direction, None where it cannot be told."""
+    """One number in all runs. `worse` is the relative change from the first run in the bad direction, per run; None
+    where it cannot be told. `notes` say why not."""
 
     what: str
     name: str
-    before: float | None
-    after: float | None
+    values: tuple[float | None, ...]
     judged: bool
-    worse: float | None = None
-    note: str = ""
+    worse: tuple[float | None, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Return whether the runs differ in it."""
+        return len(set(self.values)) > 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and one line per regression beyond the limit."""
+    """All rows, what differs in what was asked for, and one line per regression beyond the limit."""
 
+    names: tuple[str, ...]
     rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
     failures: tuple[str, ...]
     max_regression: float | None
 
@@ -62,28 +90,13 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Return the comparison for `--json`."""
         return {
+            "runs": list(self.names),
             "rows": [asdict(r) for r in self.rows],
+            "differences": [asdict(d) for d in self.differences],
             "failures": list(self.failures),
             "max_regression": self.max_regression,
             "exit_code": self.exit_code,
         }
-
-    def text(self) -> str:
-        """Return the rows as aligned text, one block per thing compared."""
-        lines: list[str] = []
-        what = None
-        for row in self.rows:
-            if row.what != what:
-                lines += ["", row.what] if lines else [row.what]
-                what = row.what
-            change = (
-                ""
-                if row.worse is None or row.worse == 0
-                else f"{abs(row.worse):.1%} {'worse' if row.worse > 0 else 'better'}"
-            )
-            pair = f"{_shown(row.name, row.before):>12} -> {_shown(row.name, row.after):<12}"
-            lines.append(f"  {row.name:28} {pair} {change} {row.note}".rstrip())
-        return "\n".join(lines) if lines else "The two runs have nothing in common."
 
 
 def parse_percent(text: str) -> float:
@@ -98,117 +111,173 @@ def parse_percent(text: str) -> float:
     return float(match[1]) / (100 if match[2] else 1)
 
 
-def compare_reports(before: Report, after: Report, max_regression: float | None = None) -> Comparison:
-    """Return both runs side by side; with `max_regression`, also what is worse by a larger share."""
-    rows = (*_steps(before, after), *_artifacts(before, after), *_targets(before, after))
-    failures = () if max_regression is None else tuple(f for row in rows if (f := _failure(row, max_regression)))
-    return Comparison(rows, failures, max_regression)
+def compare_runs(runs: Sequence[Run], max_regression: float | None = None, metrics: Sequence[str] = ()) -> Comparison:
+    """Return the runs side by side; with `max_regression`, also what is worse than in the first by a larger share.
+
+    `metrics` are the names that are judged, in place of the usual ones. Raises RecipeError for fewer than two runs and
+    for names that no row has.
+    """
+    if len(runs) < 2:
+        raise RecipeError("compare: two runs or more are needed.")
+    reports = [run.report for run in runs]
+    rows = (*_steps(reports, metrics), *_artifacts(reports, metrics), *_targets(reports, metrics))
+    _require_known(metrics, {row.name for row in rows})
+    failures: list[str] = []
+    if max_regression is not None:
+        several = len(runs) > 2
+        for row in rows:
+            for number in range(1, len(runs)):
+                failures += _failure(row, number, runs[number].name if several else "", max_regression)
+    return Comparison(tuple(run.name for run in runs), rows, tuple(_differences(runs)), tuple(failures), max_regression)
 
 
-def _failure(row: Row, limit: float) -> str | None:
+def _require_known(metrics: Sequence[str], known: set[str]) -> None:
+    unknown = [f"{name!r}{did_you_mean(name, known)}" for name in metrics if name not in known]
+    if unknown:
+        raise RecipeError(f"compare: no run has a metric {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+
+
+def _failure(row: Row, number: int, run: str, limit: float) -> list[str]:
     if not row.judged:
+        return []
+    where = f"{run}: {row.what}" if run else row.what
+    before, after, worse = row.values[0], row.values[number], row.worse[number]
+    if before is not None and after is None:
+        return [f"{where}: {row.name} was {figures.named(row.name, before)} and is not known any more"]
+    if worse is not None and worse > limit:
+        told = f"{figures.named(row.name, before)} -> {figures.named(row.name, after)}"
+        return [f"{where}: {row.name} {told}, {worse:.1%} worse (allowed {limit:.1%})"]
+    return []
+
+
+def _row(what: str, name: str, values: Sequence[float | None], judged: bool, notes: Sequence[str] = ()) -> Row:
+    told = tuple(notes) or ("",) * len(values)
+    worse = [None if note else _worse(name, values[0], value) for value, note in zip(values, told, strict=True)]
+    return Row(what, name, tuple(values), judged, (None, *worse[1:]), told)
+
+
+def _worse(name: str, before: float | None, after: float | None) -> float | None:
+    if before is None or after is None:
         return None
-    if row.before is not None and row.after is None:
-        return f"{row.what}: {row.name} was {_shown(row.name, row.before)} and is not known any more"
-    if row.worse is not None and row.worse > limit:
-        return (
-            f"{row.what}: {row.name} {_shown(row.name, row.before)} -> {_shown(row.name, row.after)}, "
-            f"{row.worse:.1%} worse (allowed {limit:.1%})"
-        )
-    return None
+    gap = before - after if name in _HIGHER_IS_BETTER else after - before
+    if gap == 0:
+        return 0.0
+    return gap / abs(before) if before else None
 
 
-def _row(what: str, name: str, before: float | None, after: float | None, judged: bool, note: str = "") -> Row:
-    worse = None
-    if before is not None and after is not None and not note:
-        gap = before - after if name in _HIGHER_IS_BETTER else after - before
-        worse = 0.0 if gap == 0 else gap / abs(before) if before else None
-    return Row(what, name, before, after, judged, worse, note)
+def _united(tables: Sequence[Mapping[Any, T]]) -> Iterator[tuple[Any, tuple[T | None, ...]]]:
+    """Yield every key of any table, in order, with what each table has there."""
+    for key in dict.fromkeys(key for table in tables for key in table):
+        yield key, tuple(table.get(key) for table in tables)
 
 
-def _keyed(report: Report) -> dict[tuple[str, str | None, int], StepRecord]:
+def _read(things: Sequence[T | None], value: Callable[[T], float | None]) -> list[float | None]:
+    return [None if thing is None else value(thing) for thing in things]
+
+
+_Key = tuple[str, str | None, int]
+
+
+def _keyed(report: Report) -> dict[_Key, StepRecord]:
     """Return the steps by name, variant and how often the pair stood before."""
-    found: dict[tuple[str, str | None, int], StepRecord] = {}
+    found: dict[_Key, StepRecord] = {}
     for step in report.steps:
         turn = sum(key[:2] == (step.name, step.variant) for key in found)
         found[step.name, step.variant, turn] = step
     return found
 
 
-def _final(steps: dict[tuple[str, str | None, int], StepRecord]) -> set[tuple[str, str | None, int]]:
+def _final(steps: Iterable[_Key]) -> set[_Key]:
     """Return the keys of the last step of each variant (of the line, if there are none)."""
     last = {key[1]: key for key in steps}
     return {key for variant, key in last.items() if variant is not None} or set(last.values())
 
 
-def _steps(before: Report, after: Report) -> Iterator[Row]:
-    old, new = _keyed(before), _keyed(after)
-    final, retold = _final(old), _vocabularies(before) != _vocabularies(after)
-    if before.steps and after.steps:
-        yield from _models("teacher", before.steps[0].before, after.steps[0].before, judged=False)
-    for key in [*old, *(k for k in new if k not in old)]:
+def _steps(reports: Sequence[Report], metrics: Sequence[str]) -> Iterator[Row]:
+    tables = [_keyed(report) for report in reports]
+    final = set().union(*(_final(table) for table in tables))
+    first = _vocabulary(reports[0])
+    retold = [_vocabulary(report) != first for report in reports]
+    if all(report.steps for report in reports):
+        yield from _models("teacher", [report.steps[0].before for report in reports], (), [False] * len(reports))
+    for key, steps in _united(tables):
         name, variant, turn = key
         what = name + (f" ({variant})" if variant else "") + (f" #{turn + 1}" if turn else "")
-        first, second = old.get(key), new.get(key)
-        yield from _models(what, _after(first), _after(second), judged=key in final, retold=retold)
-        yield _row(what, "seconds", first.seconds if first else None, second.seconds if second else None, False)
+        models = [None if step is None else step.after for step in steps]
+        usual = (*_JUDGED_OF_A_MODEL, *(["bits_per_byte"] if any(retold) else []))
+        yield from _models(what, models, (metrics or usual) if key in final else (), retold)
+        yield _row(what, "seconds", _read(steps, lambda step: step.seconds), "seconds" in metrics and key in final)
 
 
-def _after(step: StepRecord | None) -> Measurement | None:
-    return None if step is None else step.after
-
-
-def _vocabularies(report: Report) -> list[tuple[object, object]]:
+def _vocabulary(report: Report) -> list[tuple[object, object]]:
     """Return what the cuts of the vocabulary left: where that differs, the runs count other tokens."""
     told = [(step.details.get("vocabulary"), step.details.get("vocabulary_coverage")) for step in report.steps]
     return [(sizes, share) for sizes, share in told if sizes and sizes[0] != sizes[1]]
 
 
 def _models(
-    what: str, before: Measurement | None, after: Measurement | None, judged: bool, retold: bool = False
+    what: str, models: Sequence[Measurement | None], judged: Sequence[str], retold: Sequence[bool]
 ) -> Iterator[Row]:
-    """Yield the rows of a model; with `retold` tokens bits/byte stand in for what is counted per token."""
-    names = (*_JUDGED_OF_A_MODEL, "bits_per_byte") if retold else _JUDGED_OF_A_MODEL
+    """Yield the rows of a model; where tokens are `retold`, bits/byte stand in for what is counted per token."""
     for name in _OF_A_MODEL:
-        note = "not comparable: other tokens, see bits_per_byte" if retold and name in _PER_TOKEN else ""
-        first = None if before is None else getattr(before, name)
-        second = None if after is None else getattr(after, name)
-        if first is not None or second is not None:
-            yield _row(what, name, first, second, judged and name in names and not note, note)
+        values = [None if model is None else getattr(model, name) for model in models]
+        if any(value is not None for value in values):
+            other = "not comparable: other tokens, see bits_per_byte"
+            notes = [other if told and name in _PER_TOKEN else "" for told in retold]
+            yield _row(what, name, values, name in judged and not all(notes[1:]), notes)
 
 
-def _artifacts(before: Report, after: Report) -> Iterator[Row]:
-    old = {(a.format, a.path): a for a in before.artifacts}
-    new = {(a.format, a.path): a for a in after.artifacts}
-    for key in [*old, *(k for k in new if k not in old)]:
-        first, second = old.get(key), new.get(key)
+def _artifacts(reports: Sequence[Report], metrics: Sequence[str]) -> Iterator[Row]:
+    def error(artifact: Artifact) -> float | None:
+        return None if artifact.parity is None else artifact.parity.max_abs_logit_error
+
+    for key, found in _united([{(a.format, a.path): a for a in report.artifacts} for report in reports]):
         what = f"artifact {key[1]}"
-        yield _row(what, "bytes", first.bytes if first else None, second.bytes if second else None, True)
-        errors = [None if a is None or a.parity is None else a.parity.max_abs_logit_error for a in (first, second)]
-        if errors != [None, None]:
-            yield _row(what, "max_abs_logit_error", errors[0], errors[1], False)
+        yield _row(what, "bytes", _read(found, lambda a: a.bytes), not metrics or "bytes" in metrics)
+        errors = _read(found, error)
+        if any(value is not None for value in errors):
+            yield _row(what, "max_abs_logit_error", errors, "max_abs_logit_error" in metrics)
 
 
-def _targets(before: Report, after: Report) -> Iterator[Row]:
-    old = {(t.profile, t.artifact, m.name): m for t in before.targets for m in t.metrics}
-    new = {(t.profile, t.artifact, m.name): m for t in after.targets for m in t.metrics}
-    for key in [*old, *(k for k in new if k not in old)]:
-        first, second = old.get(key), new.get(key)
-        note = ""
-        if first and second and first.basis != second.basis:
-            note = f"not comparable: {first.basis}, then {second.basis}"
+def _targets(reports: Sequence[Report], metrics: Sequence[str]) -> Iterator[Row]:
+    def table(report: Report) -> dict[tuple[str, str | None, str], Metric]:
+        return {(t.profile, t.artifact, m.name): m for t in report.targets for m in t.metrics}
+
+    for key, found in _united([table(report) for report in reports]):
+        first = found[0]
+        notes = [
+            f"not comparable: {first.basis}, then {m.basis}" if first and m and m.basis != first.basis else ""
+            for m in found
+        ]
         what = f"{key[0]}, {key[1] or 'no artifact'}"
-        values = [None if m is None else m.value for m in (first, second)]
-        yield _row(what, key[2], values[0], values[1], not note, note)
+        judged = (not metrics or key[2] in metrics) and not all(notes[1:])
+        yield _row(what, key[2], _read(found, lambda m: m.value), judged, notes)
 
 
-def _shown(name: str, value: float | None) -> str:
-    if value is None:
-        return figures.UNKNOWN
-    if name.endswith("bytes"):
-        return figures.size(value)
-    if name.endswith("seconds"):
-        return figures.seconds(value)
-    if name == "top1_agreement":
-        return figures.share(value)
-    return figures.count(int(value)) if name == "parameters" else figures.number(value)
+def _differences(runs: Sequence[Run]) -> Iterator[Difference]:
+    """Yield what differs in the recipes, then in inputs and environment."""
+    tables = []
+    for run in runs:
+        asked = {f"recipe.{key}": value for key, value in flat(run.recipe)}
+        inputs = {f"inputs.{key}": value for key, value in flat(run.report.inputs)}
+        around = {f"environment.{key}": value for key, value in flat(run.report.environment)}
+        tables.append(asked | inputs | around)
+    for key, values in _united(tables):
+        if len(set(values)) > 1:
+            yield Difference(key, values)
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of a nested value; steps of a recipe are called by number and name.
+
+    >>> list(flat({"steps": [{"prune": {"ffn_keep": 0.5}}], "seed": 0}))
+    [('steps.1.prune.ffn_keep', '0.5'), ('seed', '0')]
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value, 1):
+            yield from flat(inner, f"{prefix}.{number}" if prefix else str(number))
+    else:
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

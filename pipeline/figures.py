@@ -6,7 +6,7 @@ import math
 
 from dwindle.report import Metric
 
-__all__ = ["UNKNOWN", "change", "count", "metric_text", "number", "ratio", "seconds", "share", "size"]
+__all__ = ["UNKNOWN", "change", "count", "metric_text", "named", "number", "ratio", "seconds", "share", "size"]
 
 UNKNOWN = "\N{EN DASH}"
 """What stands where a number was not measured."""
@@ -116,6 +116,23 @@ def metric_text(metric: Metric, value: float | None) -> str:
     if metric.unit == "seconds":
         return seconds(value)
     return f"{number(value, 3)} {metric.unit}"
+
+
+def named(name: str, value: float | None) -> str:
+    """Return a number of a report in the unit that its name tells.
+
+    >>> named("bytes", 5_000_000), named("seconds", 4.5), named("top1_agreement", 0.5), named("nats_per_token", 1.25)
+    ('5 MB', '4.5 s', '50.0 %', '1.25')
+    """
+    if value is None:
+        return UNKNOWN
+    if name.endswith("bytes"):
+        return size(value)
+    if name.endswith("seconds"):
+        return seconds(value)
+    if name == "top1_agreement":
+        return share(value)
+    return count(int(value)) if name == "parameters" else number(value)
 
 
 MINUS = "\N{MINUS SIGN}"

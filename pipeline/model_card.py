@@ -14,12 +14,12 @@ from typing import Any
 
 from dwindle.pipeline import figures
 from dwindle.pipeline.html_report import METRIC_LABELS
+from dwindle.pipeline.markdown import code, escape_markdown, table
 from dwindle.report import Metric, Report, StepRecord
 
-__all__ = ["escape_markdown", "render_model_card"]
+__all__ = ["render_model_card"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 _RELATION = {"quantize": "quantized"}
 _TAGS = {"prune": "pruned", "distill": "distillation", "quantize": "quantized", "recover": "lora", "adapt": "lora"}
 
@@ -38,15 +38,6 @@ def render_model_card(report: Report, title: str = "dwindle run") -> str:
         _limits(report),
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
-
-
-def escape_markdown(text: object) -> str:
-    r"""Return text that Markdown shows as it is, on one line.
-
-    >>> escape_markdown("a|b <c> layers_0")
-    'a\\|b \\<c\\> layers\\_0'
-    """
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def _front_matter(report: Report) -> str:
@@ -106,7 +97,7 @@ def _opening(report: Report) -> str:
         "adapt": "adapted",
     }
     done = list(dict.fromkeys(verb.get(s.name, escape_markdown(s.name)) for s in report.steps))
-    text = f"Made from {_code(_name_of(teacher))} with [dwindle](https://github.com/dwindle/dwindle)"
+    text = f"Made from {code(_name_of(teacher))} with [dwindle](https://github.com/dwindle/dwindle)"
     text += f": {_joined(done)}." if done else "."
     if report.failures:
         text += "\n\n> **A gate failed. Do not ship this.**\n" + "\n".join(
@@ -117,19 +108,6 @@ def _opening(report: Report) -> str:
 
 def _joined(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1]
-
-
-def _code(text: object) -> str:
-    """Return inline code; a backtick inside cannot end it."""
-    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; columns that hold numbers alone stand to the right."""
-    columns = zip(*rows, strict=True)
-    marks = ["---:" if all(c[:1].isdigit() or c == figures.UNKNOWN for c in column) else "---" for column in columns]
-    lines = [heads, marks, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _results(report: Report) -> str:
@@ -162,7 +140,7 @@ def _results(report: Report) -> str:
     ]
     return (
         "## Results\n\n"
-        + _table(heads, rows)
+        + table(heads, rows)
         + "\n\nEvery row was measured on the stored checkpoint with the same evaluation "
         "text. KL is KL(teacher || model), mean per token over the whole vocabulary."
     )
@@ -179,7 +157,7 @@ def _artifacts(report: Report) -> str:
         by = figures.UNKNOWN if p is None else escape_markdown(p.executed_by)
         rows.append(
             (
-                _code(a.path),
+                code(a.path),
                 escape_markdown(a.format),
                 f"{a.bytes:,}",
                 escape_markdown(a.minimum_os or figures.UNKNOWN),
@@ -189,7 +167,7 @@ def _artifacts(report: Report) -> str:
             )
         )
     heads = ("Artifact", "Format", "Bytes", "Needs", "Parity", "Largest logit error", "Executed by")
-    return "## Artifacts\n\n" + _table(heads, rows)
+    return "## Artifacts\n\n" + table(heads, rows)
 
 
 def _targets(report: Report) -> str:
@@ -204,7 +182,7 @@ def _targets(report: Report) -> str:
         rows.append(
             (
                 escape_markdown(target.profile),
-                _code(target.artifact) if target.artifact else "none runs here",
+                code(target.artifact) if target.artifact else "none runs here",
                 *cells,
                 verdict,
             )
@@ -212,7 +190,7 @@ def _targets(report: Report) -> str:
     heads = ("Device", "Artifact", *(METRIC_LABELS[n] for n in names), "Budgets")
     return (
         "## On devices\n\n"
-        + _table(heads, rows)
+        + table(heads, rows)
         + "\n\nEstimates come from a roofline model of the device's profile and may be off by the range in report.html."
     )
 
@@ -273,7 +251,7 @@ def _data(report: Report) -> str:
                 escape_markdown(d.get("licence") or "not stated"),
             )
         )
-    return "## Data\n\n" + _table(("Role", "Source", "Tokens", "Licence"), rows) if rows else ""
+    return "## Data\n\n" + table(("Role", "Source", "Tokens", "Licence"), rows) if rows else ""
 
 
 def _limits(report: Report) -> str:

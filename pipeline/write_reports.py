@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dwindle.errors import DataError
+from dwindle.pipeline.compare import Run
 from dwindle.pipeline.html_report import render_html
 from dwindle.pipeline.model_card import render_model_card
 from dwindle.pipeline.recipe import Recipe
 from dwindle.report import Report
 from dwindle.storage import write_text
 
-__all__ = ["read_report", "rewrite_html", "write_reports"]
+__all__ = ["read_report", "read_runs", "rewrite_html", "write_reports"]
 
 
 def write_reports(report: Report, recipe: Recipe, folder: Path) -> None:
@@ -40,6 +43,27 @@ def read_report(folder: Path) -> Report:
         raise DataError(
             f"{path} cannot be read as a report ({error}). Run again: finished steps are taken over."
         ) from error
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return run folders as a comparison wants them; each is called by the part of its path that tells it from others.
+
+    A recipe that is missing or damaged is empty: a run is compared by its report.
+    """
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [Run(name, read_report(folder), _recipe(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def rewrite_html(report: Report, folder: Path) -> None:

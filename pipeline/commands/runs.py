@@ -93,18 +93,26 @@ def report(folder: str, html: bool, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("before", metavar="RUN", type=click.Path())
-@click.argument("after", metavar="RUN", type=click.Path())
-@click.option("--max-regression", metavar="PERCENT", help="Fail if a result is worse by more, as in 2%.")
+@click.argument("folders", metavar="RUN RUN...", nargs=-1, required=True, type=click.Path())
+@click.option("--max-regression", metavar="PERCENT", help="Fail if a result is worse than the first run's by more, as "
+              "in 2%.")  # fmt: skip
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge this one, as in tokens_per_second; "
+              "repeat.  [default: sizes, quality and every metric of a target]")  # fmt: skip
+@click.option("--markdown", is_flag=True, help="Markdown for a pull request: what changed, and what regressed.")
 @json_option
-def compare(before: str, after: str, max_regression: str | None, as_json: bool) -> int:
-    """Set two runs side by side; with --max-regression, exit 1 if the second is worse by more than that."""
-    from dwindle.pipeline.compare import compare_reports, parse_percent
-    from dwindle.pipeline.write_reports import read_report
+def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple[str, ...], markdown: bool,
+            as_json: bool) -> int:  # fmt: skip
+    """Set two or more runs side by side: what was asked for, and what came of it.
+
+    With --max-regression, exit 1 if a run is worse than the first by more than that.
+    """
+    from dwindle.pipeline.compare import compare_runs, parse_percent
+    from dwindle.pipeline.comparison_text import comparison_markdown, comparison_text
+    from dwindle.pipeline.write_reports import read_runs
 
     share = None if max_regression is None else parse_percent(max_regression)
-    result = compare_reports(read_report(Path(before)), read_report(Path(after)), max_regression=share)
-    emit(result.to_json(), result.text(), as_json)
+    result = compare_runs(read_runs([Path(folder) for folder in folders]), share, metrics)
+    emit(result.to_json(), comparison_markdown(result) if markdown else comparison_text(result), as_json)
     for line in result.failures:
         click.echo(f"FAILED {line}", err=True)
-    return 1 if result.failures else 0
+    return result.exit_code

@@ -211,6 +211,8 @@ NONSENSE = {
     "unknown target": (["validate", "{run}", "--target", "iphone-99"], "iphone-99"),
     "unknown budget": (["validate", "{run}", "--target", "pixel-9", "--budget", "tokns >= 3"], "no metric"),
     "unknown place to bench": (["bench", "{run}/export/onnx", "--on", "moon"], "moon"),
+    "one run is no comparison": (["compare", "{run}"], "two runs"),
+    "unknown metric": (["compare", "{run}", "{run}", "--metric", "byts"], "did you mean 'bytes'?"),
     "bad percent": (["compare", "{run}", "{run}", "--max-regression", "much"], "much"),
     "bad number": (["evaluate", "-m", "{teacher}", "--text", "{valid}", "--tokens", "few"], "few"),
 }  # fmt: skip

@@ -6,10 +6,17 @@ from dataclasses import replace
 import pytest
 
 from dwindle.errors import RecipeError
-from dwindle.pipeline.compare import Comparison, Row, compare_reports, parse_percent
+from dwindle.pipeline.compare import Comparison, Row, Run, compare_runs, parse_percent
+from dwindle.pipeline.comparison_text import comparison_markdown, comparison_text
 from dwindle.report import Report, TargetVerdict
 
 from .sample_report import sample_report
+
+
+def compare_reports(
+    before: Report, after: Report, max_regression: float | None = None, metrics: tuple[str, ...] = ()
+) -> Comparison:
+    return compare_runs([Run("old", before, {}), Run("new", after, {})], max_regression, metrics)
 
 
 def row(comparison: Comparison, what: str, name: str) -> Row:
@@ -24,7 +31,7 @@ def with_final_nats(report: Report, nats: float | None) -> Report:
 def test_a_run_equals_itself() -> None:
     same = compare_reports(sample_report(), sample_report(), 0.0)
     assert same.exit_code == 0
-    assert all(r.worse in (0.0, None) for r in same.rows)
+    assert all(r.worse[1] in (0.0, None) for r in same.rows)
     json.dumps(same.to_json(), allow_nan=False)
 
 
@@ -46,7 +53,9 @@ def test_runs_of_other_vocabularies_are_judged_by_their_bytes() -> None:
     )
     longer = with_final_nats(cut, 9.0)
     assert compare_reports(report, longer, 0.0).failures == ()
-    assert row(compare_reports(report, longer), "quantize (onnx)", "nats_per_token").note.startswith("not comparable")
+    assert (
+        row(compare_reports(report, longer), "quantize (onnx)", "nats_per_token").notes[1].startswith("not comparable")
+    )
     assert "nats_per_token" in compare_reports(cut, longer, 0.0).failures[0]
     last = longer.steps[-1]
     assert last.after.bits_per_byte is not None
@@ -57,7 +66,7 @@ def test_runs_of_other_vocabularies_are_judged_by_their_bytes() -> None:
 
 def test_speed_is_better_when_higher() -> None:
     fast, slow = sample_report(speed=800), sample_report(speed=700)
-    assert row(compare_reports(fast, slow), "host, export/onnx", "tokens_per_second").worse == pytest.approx(0.125)
+    assert row(compare_reports(fast, slow), "host, export/onnx", "tokens_per_second").worse[1] == pytest.approx(0.125)
     assert "tokens_per_second" in compare_reports(fast, slow, 0.1).failures[0]
     assert compare_reports(slow, fast, 0.0).exit_code == 0
 
@@ -87,7 +96,7 @@ def test_an_estimate_is_not_compared_with_a_measurement() -> None:
         "host", (replace(host.metrics[0], basis="estimated", value=1.0),), host.variant, host.artifact
     )
     found = compare_reports(report, replace(report, targets=(report.targets[0], guessed)), 0.0)
-    assert row(found, "host, export/onnx", "tokens_per_second").note == "not comparable: measured, then estimated"
+    assert row(found, "host, export/onnx", "tokens_per_second").notes[1] == "not comparable: measured, then estimated"
     assert not any("tokens_per_second" in line for line in found.failures)
 
 
@@ -98,13 +107,57 @@ def test_repeated_steps_keep_their_turn() -> None:
 
 
 def test_text_shows_both_sides() -> None:
-    text = compare_reports(sample_report(speed=800), sample_report(speed=400)).text()
+    text = comparison_text(compare_reports(sample_report(speed=800), sample_report(speed=400)))
     assert "800 -> 400" in text
     assert "50.0% worse" in text
-    assert compare_reports(Report(), Report()).text() == "The two runs have nothing in common."
+    assert comparison_text(compare_reports(Report(), Report())) == "The runs have nothing in common."
 
 
 @pytest.mark.parametrize("text", ["", "two", "-1%", "2 %%", "1e-2"])
 def test_percent_is_checked(text: str) -> None:
     with pytest.raises(RecipeError, match="needed a share"):
         parse_percent(text)
+
+
+def test_several_runs_are_held_to_the_first() -> None:
+    speeds = (800, 790, 400)
+    runs = [
+        Run(f"run{speed}", sample_report(speed=speed), {"steps": [{"prune": {"ffn_keep": speed}}]}) for speed in speeds
+    ]
+    found = compare_runs(runs, 0.02)
+    assert found.names == ("run800", "run790", "run400")
+    assert row(found, "host, export/onnx", "tokens_per_second").values == speeds
+    (line,) = found.failures
+    assert line.startswith("run400: host, export/onnx: tokens_per_second 800 -> 400, 50.0% worse")
+    (asked,) = found.differences
+    assert (asked.key, asked.values) == ("recipe.steps.1.prune.ffn_keep", ("800", "790", "400"))
+    with pytest.raises(RecipeError, match="two runs or more"):
+        compare_runs(runs[:1])
+
+
+def test_metrics_choose_what_is_judged() -> None:
+    report = sample_report(speed=800)
+    worse = with_final_nats(sample_report(speed=100), 9.0)
+    names = {line.split(": ")[1].split()[0] for line in compare_reports(report, worse, 0.01).failures}
+    assert names == {"nats_per_token", "tokens_per_second"}
+    (line,) = compare_reports(report, worse, 0.01, ("tokens_per_second",)).failures
+    assert "tokens_per_second" in line
+    last = report.steps[-1]
+    far = replace(report, steps=(*report.steps[:-1], replace(last, after=replace(last.after, kl_nats_per_token=0.2))))
+    assert compare_reports(report, far, 0.01).failures == ()
+    assert "kl_nats_per_token" in compare_reports(report, far, 0.01, ("kl_nats_per_token",)).failures[0]
+    with pytest.raises(RecipeError, match="did you mean 'tokens_per_second'"):
+        compare_reports(report, report, 0.01, ("token_per_second",))
+
+
+def test_markdown_says_what_changed_and_escapes_it() -> None:
+    slow = replace(sample_report(speed=400), inputs={"recipe": "a|b <script>"})
+    told = comparison_markdown(compare_reports(sample_report(speed=800), slow, 0.02))
+    assert "**1 regression of more than 2.0%**" in told
+    assert r"| host, export/onnx | tokens_per_second | 800 | 400 | 50.0% worse |" in told
+    assert "<script>" not in told
+    assert "numbers are the same" in told
+    assert "nats_per_token |" not in told
+    assert "No regression of more than 2.0%." in comparison_markdown(
+        compare_reports(sample_report(), sample_report(), 0.02)
+    )

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from dwindle.pipeline.model_card import escape_markdown, render_model_card
+from dwindle.pipeline.markdown import escape_markdown
+from dwindle.pipeline.model_card import render_model_card
 from dwindle.report import Report
 
 from .sample_report import sample_report
