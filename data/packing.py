@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dwindle.data.document import Document, document_sha256
 from dwindle.data.mixture import chosen_windows, counts_of_shares
-from dwindle.data.sources import Document
 from dwindle.errors import DataError
 from dwindle.token_set import Role, TokenSet
 from dwindle.tokenization import adds_bos, encode, encode_plain, encode_prefix, encoding_sha256
@@ -35,15 +35,10 @@ from dwindle.tokenization import adds_bos, encode, encode_plain, encode_prefix, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["document_sha256", "joined_text", "pack", "pack_evaluation", "pack_mixture"]
+__all__ = ["joined_text", "pack", "pack_evaluation", "pack_mixture"]
 
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 22
-
-
-def document_sha256(document: Document) -> str:
-    """Return the hash of a document's text, by which roles are kept apart."""
-    return hashlib.sha256(document.text.encode()).hexdigest()
 
 
 def joined_text(documents: Sequence[Document]) -> str:

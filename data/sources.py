@@ -30,9 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dwindle.data.document import Document
 from dwindle.errors import DataError, offenders
 
-__all__ = ["Document", "Source", "check_sources", "is_plain_text", "read_documents", "read_text"]
+__all__ = ["Source", "check_sources", "is_plain_text", "read_documents", "read_text"]
 
 _LOG = logging.getLogger("dwindle")
 
@@ -49,15 +50,6 @@ _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:\[(?P<config>[\w.-]+)\])?(?::(?P<split>[\w\[\]%:+-]+))?"
 )
 _SAMPLE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `continues`: it follows the document before it without a gap, in the same file."""
-
-    text: str
-    source: str
-    continues: bool = False
 
 
 @dataclass(frozen=True)

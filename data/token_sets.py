@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dwindle.data.document import Document, document_sha256
 from dwindle.data.options import DataOptions
-from dwindle.data.packing import document_sha256, joined_text, pack, pack_evaluation, pack_mixture
-from dwindle.data.sources import Document, Source, check_sources, is_plain_text, read_documents, read_text
+from dwindle.data.packing import joined_text, pack, pack_evaluation, pack_mixture
+from dwindle.data.sources import Source, check_sources, is_plain_text, read_documents, read_text
 from dwindle.errors import DataError
 from dwindle.token_set import TokenSet, require_disjoint
 from dwindle.tokenization import encode_plain
@@ -208,7 +209,7 @@ def _without(documents: Sequence[Document], taken: Set[str]) -> list[Document]:
             gap = True
             continue
         broken = gap and document.continues
-        kept.append(Document(document.text, document.source) if broken else document)
+        kept.append(replace(document, continues=False) if broken else document)
         gap = False
     return kept
 

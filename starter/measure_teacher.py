@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from dwindle.bundle import ModelBundle
+from dwindle.data.document import Document
 from dwindle.data.packing import joined_text, pack_evaluation
-from dwindle.data.sources import Document
 from dwindle.measure import Meter
 from dwindle.starter import TEACHER
 from dwindle.starter.evaluate_tasks import held_out_tasks, task_accuracy

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from dwindle.data.document import Document
 from dwindle.data.packing import pack
-from dwindle.data.sources import Document
 from dwindle.starter.build_tokenizer import build_tokenizer
 from dwindle.starter.tasks import corpus
 from dwindle.starter.wired_start import wire_copying

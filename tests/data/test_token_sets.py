@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dwindle.data import DataOptions, build_token_sets, calibration_set, evaluation_set, training_set
+from dwindle.data.document import Document
 from dwindle.data.packing import joined_text, pack
-from dwindle.data.sources import Document
 from dwindle.errors import DataError, RecipeError
 from dwindle.tokenization import encode
 

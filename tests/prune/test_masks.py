@@ -295,8 +295,8 @@ def test_bad_options_are_named_at_once() -> None:
 
 @pytest.mark.slow
 def test_learned_masks_beat_magnitude_on_the_embedded_teacher() -> None:
+    from dwindle.data.document import Document
     from dwindle.data.packing import pack
-    from dwindle.data.sources import Document
     from dwindle.measure import Meter
     from dwindle.starter import TEACHER, corpus
 
