@@ -4,16 +4,19 @@ options     rank, kind, targets; what recovery takes
 attach      PEFT's layers on float linears or packed codes
 recovery    give a quantized model back what it lost
 adapter     the folder: PEFT's files and a card that names the base
-merge       fold a PEFT adapter into a float model, exactly; peft_folder reads one without PEFT
+merge       fold a PEFT adapter into a float model, exactly
+
+The folder is read without PEFT by `dwindle.peft_folder`, its card by `dwindle.adapter_card`.
 """
 
 from __future__ import annotations
 
-from dwindle.adapters.adapter import Adapter, AdapterCard
+from dwindle.adapter_card import AdapterCard
+from dwindle.adapters.adapter import Adapter
 from dwindle.adapters.merge import merge, merged_weight
 from dwindle.adapters.options import AdapterOptions, RecoverOptions
-from dwindle.adapters.peft_folder import LowRank, read_adapter
 from dwindle.adapters.recovery import measured, recover
+from dwindle.peft_folder import LowRank, read_adapter
 
 __all__ = ["Adapter", "AdapterCard", "AdapterOptions", "LowRank", "RecoverOptions", "measured", "merge",
            "merged_weight", "read_adapter", "recover"]  # fmt: skip

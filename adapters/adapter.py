@@ -1,27 +1,19 @@
 """An adapter: what changes a base, and the card that says which base, for what, and how well.
 
-On disk a plain PEFT folder (adapter_config.json, adapter_model.safetensors) with one file more, adapter_card.json:
-
-    {"schema": 1, "base": {"name": ..., "sha256": ...}, "task": "recovery", "started_from": null | sha256,
-     "metrics": {...}, "licence": ..., "options": {...}, "data": {...}, "dwindle": ..., "sha256": ...}
-
-`sha256` of the base is that of its config, codes and tokenizer (`ModelBundle.content_sha256`): an adapter was trained
-against one rounding of the weights, and against another it is noise.
+On disk a plain PEFT folder (adapter_config.json, adapter_model.safetensors) with one file more, adapter_card.json; see
+`dwindle.adapter_card`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-import dwindle
+from dwindle.adapter_card import CARD_FILE, SCHEMA, WEIGHTS_FILE, AdapterCard, require_whole, weights_sha256
 from dwindle.adapters.attach import attach, fill
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.storage import atomic_folder, write_json
@@ -31,45 +23,7 @@ if TYPE_CHECKING:
 
     from dwindle.bundle import ModelBundle
 
-__all__ = ["CARD_FILE", "Adapter", "AdapterCard"]
-
-CARD_FILE = "adapter_card.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class AdapterCard:
-    """What is known about an adapter."""
-
-    base_name: str
-    base_sha256: str
-    task: str
-    """`recovery`, or the task's own name."""
-    started_from: str | None = None
-    """sha256 of the adapter it was initialised from."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    licence: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of what it was trained on, by name."""
-    dwindle: str = dwindle.__version__
-
-    @classmethod
-    def read(cls, folder: Path) -> AdapterCard:
-        """Return the card of a folder; raise UnsupportedModel if there is none, or it is damaged."""
-        path = folder / CARD_FILE
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw.pop("schema") != _SCHEMA:
-                raise ValueError(f"a schema other than {_SCHEMA}")
-            raw.pop("sha256", None)
-            return cls(**raw)
-        except FileNotFoundError as error:
-            raise UnsupportedModel(f"{folder}: no {CARD_FILE}; it is no adapter folder of dwindle.") from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UnsupportedModel(f"{path} cannot be read ({error}). Restore it.") from error
+__all__ = ["Adapter"]
 
 
 @dataclass(frozen=True)
@@ -83,11 +37,7 @@ class Adapter:
     @property
     def sha256(self) -> str:
         """Return the hash of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_sha256(self.tensors)
 
     @property
     def bytes(self) -> int:
@@ -119,7 +69,7 @@ class Adapter:
             self.config.save_pretrained(str(partial))
             save_file({n: t.contiguous() for n, t in self.tensors.items()}, partial / WEIGHTS_FILE,
                       metadata={"format": "pt"})  # fmt: skip
-            write_json(partial / CARD_FILE, {"schema": _SCHEMA, **asdict(self.card), "sha256": self.sha256})
+            write_json(partial / CARD_FILE, {"schema": SCHEMA, **asdict(self.card), "sha256": self.sha256})
 
     @classmethod
     def load(cls, folder: Path | str) -> Adapter:
@@ -135,7 +85,5 @@ class Adapter:
             made = cls(config, load_file(folder / WEIGHTS_FILE), card)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UnsupportedModel(f"{folder}: the adapter cannot be read ({error}). Restore it.") from error
-        written = json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("sha256")
-        if written != made.sha256:
-            raise UnsupportedModel(f"{folder}: {WEIGHTS_FILE} is not what its card was written for. Restore it.")
+        require_whole(folder, made.tensors)
         return made

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dwindle.adapters.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterCard
+from dwindle.adapter_card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterCard
 from dwindle.errors import DataError, UnsupportedModel
 
 __all__ = ["catalogue", "catalogue_table", "described"]

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dwindle.adapters.peft_folder import LowRank, read_adapter
 from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
+from dwindle.peft_folder import LowRank, read_adapter
 from dwindle.report import StepRecord
 from dwindle.storage import hash_folder
 

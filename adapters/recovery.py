@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dwindle.adapters.adapter import Adapter, AdapterCard
+from dwindle.adapter_card import AdapterCard
+from dwindle.adapters.adapter import Adapter
 from dwindle.adapters.attach import NAME, adapter_config, adapter_tensors, attach, fill, target_names
 from dwindle.adapters.options import RecoverOptions
 from dwindle.clock import StepClock

@@ -5,6 +5,7 @@
 
     the step          options, step, backends (the table of formats), parity, artefact, licence,
                       package_readme, packed_widths
+    adapters          carried_adapters
     the decoder       decoder, rotary, kv_cache
     ONNX              onnx_graph, onnx_attention, onnx_linears, onnx_quantized, onnx_kv, onnx_builder; onnx_runner;
                       genai_config

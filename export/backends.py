@@ -63,6 +63,8 @@ class Backend:
     write: Callable[[ModelBundle, Path, ExportOptions], Written]
     open: Callable[[Path], ExecutedRunner]
     not_executed: Callable[[], tuple[Skipped, ...]]
+    adapters: bool = False
+    """It carries adapters beside the base."""
 
 
 def _module(name: str, extra: str) -> Any:

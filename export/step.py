@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
-from dwindle.errors import RecipeError
+from dwindle.errors import RecipeError, offenders
 from dwindle.export.artefact import (
     manifest_of,
     model_facts,
@@ -30,6 +30,7 @@ from dwindle.export.artefact import (
     write_manifest,
 )
 from dwindle.export.backends import BACKENDS, ExecutedRunner
+from dwindle.export.carried_adapters import CarriedAdapter, carried_adapters
 from dwindle.export.licence import licence_files, licence_lines
 from dwindle.export.options import ExportOptions
 from dwindle.export.package_readme import write_readme
@@ -56,24 +57,26 @@ class _Texts:
 
 def run(
     bundle: ModelBundle, options: ExportOptions, output: Path, *, prompts: Sequence[Tensor] | None = None,
-    evaluation: TokenSet | None = None,
+    evaluation: TokenSet | None = None, adapters: Sequence[Path] = (),
 ) -> list[Artifact]:  # fmt: skip
     """Export `bundle` into output/<format>/ for every format asked for; return one artifact each.
 
-    Prompts [1, T] of the parity check come from `prompts`, else from `evaluation`, else from a fixed text.
-    Raises RecipeError for what a format cannot carry or for prompts that do not fit, OutputError for places that hold
-    something else, MissingExtra for a library that is not installed, UnsupportedModel for a model with experts; before
-    anything is written.
+    `adapters` are folders of adapters of this very base (`carried_adapters`). Prompts [1, T] of the parity check come
+    from `prompts`, else from `evaluation`, else from a fixed text.
+    Raises RecipeError for what a format cannot carry, adapters of another base or prompts that do not fit, OutputError
+    for places that hold something else, MissingExtra for a library that is not installed, UnsupportedModel for a model
+    with experts; before anything is written.
     """
     require_dense(bundle.anatomy, "export")
     output, options = Path(output), options.resolved(bundle.anatomy)
+    carried = carried_adapters(bundle, adapters)
     length, steps, longest = options.parity_lengths()
     if evaluation is not None:
         longest = min(longest, max(length, evaluation.ids.numel()))
     given = list(prompts) if prompts else parity_prompts(bundle, options.prompts, length, evaluation)
     texts = _Texts(given, steps, parity_prompts(bundle, 1, longest, evaluation)[0])
     _require_fitting(texts, options)
-    _require_carried(bundle, options)
+    _require_carried(bundle, options, carried)
     for name in options.formats:
         require_artifact_place(output / name, name)
     require_space(output, 2 * bundle.size().bytes * len(options.formats))
@@ -137,8 +140,10 @@ def _observed(runner: ExecutedRunner) -> dict[str, Any]:
     return {"fp16_peak": float(peak)}
 
 
-def _require_carried(bundle: ModelBundle, options: ExportOptions) -> None:
+def _require_carried(bundle: ModelBundle, options: ExportOptions, adapters: Sequence[CarriedAdapter]) -> None:
     problems = [problem for name in options.formats for problem in BACKENDS[name].problems(bundle, options)]
+    problems += [f"{name}: adapters are not carried in this format: {offenders(a.name for a in adapters)}."
+                 for name in options.formats if adapters and not BACKENDS[name].adapters]  # fmt: skip
     if problems:
         raise RecipeError(f"export: {' '.join(problems)}")
 

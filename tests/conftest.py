@@ -156,6 +156,32 @@ def worded(tiny_bundle: Callable[..., Any], worded_tokenizer: Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
+def write_adapter() -> Callable[..., Path]:
+    """Writer of random adapters of a bundle, as folders; large enough to change every logit."""
+    pytest.importorskip("peft")
+
+    def write(
+        bundle: Any, folder: Path, *, rank: int = 4, kind: Any = "lora", targets: tuple[str, ...] = ("all",),
+        seed: int = 1, size: float = 0.1, task: str = "copying", base_sha256: str | None = None,
+    ) -> Path:  # fmt: skip
+        import torch
+
+        from dwindle.adapters import Adapter, AdapterCard, AdapterOptions
+        from dwindle.adapters.attach import adapter_config, adapter_tensors, attach, target_names
+
+        options = AdapterOptions(rank=rank, kind=kind, targets=targets)
+        config = adapter_config(bundle, options, target_names(bundle, targets, rank))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {name: tensor + size * torch.randn(tensor.shape, generator=generator)
+                   for name, tensor in adapter_tensors(attach(bundle, config).model).items()}  # fmt: skip
+        card = AdapterCard("tiny", base_sha256 or bundle.content_sha256, task, metrics={"accuracy": 0.5}, licence="MIT")
+        Adapter(config, tensors, card).save(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real models and texts: $DWINDLE_ASSETS, or shared/assets beside the repository; else skip."""
     given = os.environ.get("DWINDLE_ASSETS")

@@ -31,13 +31,15 @@ __all__ = ["export"]
 @click.option("--shapes", help="Core ML, Core AI: dynamic (any length) or static (for the Neural Engine).  [default: "
               "dynamic]")  # fmt: skip
 @click.option("--kv-cache", help="ONNX: float32, float16 or int8 between steps.  [default: float32]")
+@click.option("--adapter", "adapters", multiple=True, type=click.Path(), metavar="DIR",
+              help="Adapter of this very model, to be swapped in at run time; repeat for several.")  # fmt: skip
 @click.option("--bits", help="Encoders only: 8 or 4 bits.  [default: float]")
 @data_option("Text the check's prompts come from.  [default: a built-in one]", required=False, multiple=False)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Any other key of a recipe's export step, as in decode_steps=128.")  # fmt: skip
 @json_option
-def export(model: str, output: str, data: str | None, bits: str | None, settings: tuple[str, ...], as_json: bool,
-           **values: Any) -> None:  # fmt: skip
+def export(model: str, output: str, data: str | None, adapters: tuple[str, ...], bits: str | None,
+           settings: tuple[str, ...], as_json: bool, **values: Any) -> None:  # fmt: skip
     """Export a float or quantized model, execute the result and compare it with the model: exit 1 on a miss.
 
     \b
@@ -62,7 +64,9 @@ def export(model: str, output: str, data: str | None, bits: str | None, settings
         raise RecipeError(f"{', '.join(twice)}: a flag gives it already. Give one of the two.")
     folder = find_folder(model)[0]
     if is_decoder(folder):
-        artifacts = _decoder(model, output, data, bits, {**given, **own})
+        artifacts = _decoder(model, output, data, bits, adapters, {**given, **own})
+    elif adapters:
+        raise RecipeError(f"--adapter {', '.join(adapters)}: {folder} is no decoder; adapters go with decoders only.")
     else:
         artifacts = [_encoder(folder, output, data, {**given, **own} | ({} if bits is None else {"bits": bits}))]
     emit({"artifacts": [dataclasses.asdict(a) for a in artifacts]}, "\n".join(map(_told, artifacts)), as_json)
@@ -70,7 +74,8 @@ def export(model: str, output: str, data: str | None, bits: str | None, settings
         raise GateFailed("export: the artifact does not equal the model it was made from; do not ship it.")
 
 
-def _decoder(model: str, output: str, data: str | None, bits: str | None, values: dict[str, Any]) -> list[Any]:
+def _decoder(model: str, output: str, data: str | None, bits: str | None, adapters: tuple[str, ...],
+             values: dict[str, Any]) -> list[Any]:  # fmt: skip
     from dwindle import export as room
     from dwindle.data import evaluation_set
 
@@ -79,7 +84,7 @@ def _decoder(model: str, output: str, data: str | None, bits: str | None, values
     options = made_options(room.ExportOptions, values, "export")
     bundle = load(model)
     evaluation = None if data is None else evaluation_set(data, bundle.tokenizer)
-    return room.run(bundle, options, Path(output), evaluation=evaluation)
+    return room.run(bundle, options, Path(output), evaluation=evaluation, adapters=list(map(Path, adapters)))
 
 
 def _encoder(folder: Path, output: str, data: str | None, values: dict[str, Any]) -> Any:

@@ -11,8 +11,8 @@ import torch
 from dwindle.adapters.attach import adapter_config, adapter_tensors, attach, fill, target_names
 from dwindle.adapters.merge import merged_weight
 from dwindle.adapters.options import AdapterOptions, RecoverOptions
-from dwindle.adapters.peft_folder import LowRank
 from dwindle.errors import RecipeError
+from dwindle.peft_folder import LowRank
 from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
 

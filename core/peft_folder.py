@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dwindle.adapter_card import CARD_FILE, require_whole
 from dwindle.errors import UnsupportedModel, offenders
 
 __all__ = ["LowRank", "read_adapter"]
@@ -41,6 +42,8 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     """Return the low-rank changes by module name; raise UnsupportedModel naming everything that is none."""
     config = _read_config(folder)
     tensors = _read_tensors(folder)
+    if (folder / CARD_FILE).is_file():
+        require_whole(folder, tensors)
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, tensor in tensors.items():
@@ -55,7 +58,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     if strange or not parts:
         raise UnsupportedModel(
             f"{folder}: {len(strange)} tensors are no low-rank change of a linear: {offenders(strange)}. "
-            "Only LoRA, rsLoRA and DoRA adapters of linear layers can be merged."
+            "Only LoRA, rsLoRA and DoRA adapters of linear layers can be read."
         )
     return {name: LowRank(f["a"], f["b"], _scale(config, name, f["a"].shape[0]), f.get("magnitude"))
             for name, f in parts.items()}  # fmt: skip
