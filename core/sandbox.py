@@ -148,7 +148,7 @@ def _collected(process: subprocess.Popen[bytes], deadline: float) -> tuple[tuple
                     piece = os.read(key.fd, 1 << 16)
                     if not piece:
                         selector.unregister(key.fileobj)
-                    found[key.data] += piece
+                    found[key.data].extend(piece)
                     truncated = truncated or len(found[key.data]) > _OUTPUT_BYTES
             if not (timed_out or truncated):
                 try:
