@@ -2,7 +2,7 @@
 
 Layout: `FOLDER/checkpoints/step-00000200/` holds the files of `torch.distributed.checkpoint` (every process writes
 its own shards) and `checkpoint.json`: the step, the fingerprint of the run, the progress (losses so far), and the
-sha256 of every file. The folder appears under its name only when it is whole.
+sha256 of every file and of its own content. The folder appears under its name only when it is whole.
 
 What is stored: trainable parameters, persistent buffers, and the optimizer's two moments and step per parameter.
 Frozen parameters and uint8 buffers (packed codes) are not: they are what the run started from, and the fingerprint
@@ -10,8 +10,8 @@ holds their checksum. Tensors are handed to `torch.distributed.checkpoint` by na
 saving nor loading makes a full copy, and a checkpoint written by two processes loads in one.
 `torch.distributed.checkpoint.state_dict.get_state_dict` is not used: it writes frozen weights too.
 
-`torch.distributed.checkpoint` keeps its index as a pickle. A checkpoint is a run's private state, not a model to
-pass on; models are stored as safetensors by `core.bundle`.
+`torch.distributed.checkpoint` keeps its index as a pickle, which `checkpoint_reader` opens without running anything. A
+checkpoint is a run's private state, not a model to pass on; models are stored as safetensors by `core.bundle`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from dwindle.errors import RecipeError
+from dwindle.checkpoint_reader import TensorReader
+from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.sharding import Processes
-from dwindle.storage import atomic_folder, hash_file, write_json
+from dwindle.storage import atomic_folder, hash_file, hash_json, read_json, write_json
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -89,12 +91,13 @@ class Checkpoints:
             if self.processes.first:
                 files = {p.name: hash_file(p) for p in sorted(partial.iterdir())}
                 index = {"step": step, "fingerprint": self.fingerprint, "progress": dict(progress), "files": files}
-                write_json(partial / _INDEX, index)
+                index = json.loads(json.dumps(index, allow_nan=False))
+                write_json(partial / _INDEX, {**index, "sha256": hash_json(index)})
         if self.processes.first:
             places = self._places()
             ahead = [p for p in places if p.name > place.name]
             for surplus in ahead + [p for p in places if p not in ahead][self.keep :]:
-                shutil.rmtree(surplus)
+                shutil.rmtree(surplus, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """Return the newest whole checkpoint, None if there is none; damaged ones are named in the log.
@@ -114,20 +117,33 @@ class Checkpoints:
 
     def load(self, checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load the tensors of `checkpoint` into model and optimizer, in place."""
-        with self._quiet():
-            load_sharded(
-                _state(model, optimizer),
-                storage_reader=FileSystemReader(checkpoint.path),
-                no_dist=self.processes.world == 1,
-            )
+        try:
+            with self._quiet():
+                load_sharded(
+                    _state(model, optimizer),
+                    storage_reader=TensorReader(checkpoint.path),
+                    no_dist=self.processes.world == 1,
+                )
+        except Exception as error:  # what torch makes of a checkpoint whose files are whole but wrong
+            raise UnsupportedModel(
+                f"{checkpoint.path}: this checkpoint cannot be loaded ({error}). Delete its folder; training then goes "
+                "on from the one before."
+            ) from error
 
     @staticmethod
     @contextlib.contextmanager
     def _quiet() -> Iterator[None]:
-        """Keep torch from warning that a single process is a single process."""
+        """Keep torch from warning that a single process is a single process, and its errors ordinary ones.
+
+        `CheckpointException` is no `Exception`, so that nothing above would clean up after it.
+        """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+            try:
+                yield
+            except CheckpointException as error:
+                first = next(iter(error.failures.values()))[0]
+                raise RuntimeError(str(first)) from first
 
     def _places(self) -> list[Path]:
         """Return the checkpoint folders, newest first."""
@@ -147,7 +163,9 @@ class Checkpoints:
     def _read(self, place: Path) -> Checkpoint | None:
         """Return the checkpoint at `place`, or None, with a warning that names the damage."""
         try:
-            index = json.loads((place / _INDEX).read_text(encoding="utf-8"))
+            index = dict(read_json(place / _INDEX))
+            if index.pop("sha256") != hash_json(index):
+                raise ValueError("its content is not what was written")
             damaged = [
                 name
                 for name, sha256 in index["files"].items()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwindle.storage import write_text
+from dwindle.storage import append_text, write_text
 
 __all__ = ["RunProgress", "TrainLine", "TrainResult", "append_line", "cut_log"]
 
@@ -159,8 +159,7 @@ class RunProgress:
 
 def append_line(path: Path, line: TrainLine) -> None:
     """Add `line` to run.jsonl."""
-    with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(asdict(line), allow_nan=False) + "\n")
+    append_text(path, json.dumps(asdict(line), allow_nan=False) + "\n")
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -3,7 +3,8 @@
 `dwindle --help` imports this file and nothing heavy: the summaries stand in the table below, the command's own
 module is imported when the command is used (and those import torch inside their functions).
 
-Exit codes: 0 done; 1 a gate failed (quality, parity, budget); 2 bad input or usage; 130 interrupted.
+Exit codes: 0 done; 1 a gate failed (quality, parity, budget); 2 bad input or usage, or no room left on the disk or in
+memory; 130 interrupted (Ctrl-C or SIGTERM, which a cluster sends before it takes a machine back).
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import click
@@ -99,9 +104,40 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+_LONGEST_MESSAGE = 20_000
+
+
+def _printable(text: str) -> str:
+    """Return a message without characters that would steer a terminal: names in it may come from foreign files."""
+    cut = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ... ({len(text):,} characters)"
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), cut)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _room_is_gone(error: Exception) -> str | None:
+    """Return what to say if the disk or the memory is full, else None."""
+    from dwindle.storage import disk_is_full
+
+    if disk_is_full(error):
+        return (
+            f"no space left on the device ({error}). Free some space; finished steps are kept, run it again to go on."
+        )
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (f"not enough memory ({text or type(error).__name__}). Take a smaller batch or context, or a machine "
+                "with more memory; finished steps are kept.")  # fmt: skip
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with the exit code of what happened."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
@@ -118,11 +154,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DwindleError as error:
         if debug:
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {_printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        told = _room_is_gone(error)
+        if debug or told is None:
+            raise
+        click.echo(f"Error: {_printable(told)}", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

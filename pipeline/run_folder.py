@@ -6,8 +6,9 @@
     OUT/.work/                     checkpoints of a training that is under way; gone when its step is done
 
 A step's key hashes its name, its options, the content of everything it reads and the code it runs; an entry whose
-key is equal is taken over. Two runs cannot write to one folder: an advisory lock is held while a run lasts, and the
-operating system drops it when the process ends, so no stale lock can block.
+key is equal is taken over, once its files have the hash they were stored with: a damaged entry is named and made again.
+Two runs cannot write to one folder: an advisory lock is held while a run lasts, and the operating system drops it when
+the process ends, so no stale lock can block. A run folder holds no links: through one, a run would write elsewhere.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dwindle.errors import OutputError
-from dwindle.storage import atomic_folder, write_json
+from dwindle.errors import OutputError, offenders
+from dwindle.storage import append_text, atomic_folder, hash_folder, hash_json, lock, read_json, write_json
 
 __all__ = ["RunFolder"]
 
 _LOG = logging.getLogger("dwindle")
-_MARK = "recipe.yaml"
+_IDENTITY = ".run.json"
+_RECORD = "record.json"
+_BEFORE_IDENTITY = {".lock", "data", f".{_IDENTITY}.partial"}
+"""What a run may have made before its identity was written: a kill can leave just these."""
+_LINKLESS = ("*", "steps/*", "export/*", ".work/*")
 
 
 class RunFolder:
@@ -50,7 +57,8 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Choose another output.") from error
         try:
             _lock(handle, self.path)
-            write_json(self.path / ".run.json", dict(identity))
+            self._check(identity)  # again: another run may have come and gone since
+            write_json(self.path / _IDENTITY, dict(identity))
             yield self
         finally:
             os.close(handle)
@@ -60,11 +68,22 @@ class RunFolder:
             raise OutputError(f"{self.path} is a file; an output folder is needed.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not (self.path / ".run.json").exists():
-            if {p.name for p in self.path.iterdir()} <= {".lock", "data"}:
+        links = sorted(p.relative_to(self.path).as_posix() for one in _LINKLESS for p in self.path.glob(one)
+                       if p.is_symlink())  # fmt: skip
+        if links:
+            raise OutputError(f"{self.path} holds links ({offenders(links)}), through which a run would write "
+                              "elsewhere. Replace them by folders, or choose another output folder.")  # fmt: skip
+        if not (self.path / _IDENTITY).exists():
+            if {p.name for p in self.path.iterdir()} <= _BEFORE_IDENTITY:
                 return
             raise OutputError(f"{self.path} is not empty and holds no dwindle run. Choose another output folder.")
-        found = json.loads((self.path / ".run.json").read_text(encoding="utf-8"))
+        try:
+            found = dict(read_json(self.path / _IDENTITY))
+        except (OSError, ValueError, TypeError) as error:
+            raise OutputError(
+                f"{self.path / _IDENTITY} cannot be read ({error}). It says which run the folder belongs to: delete it "
+                "if the folder is yours to write to, or choose another output folder."
+            ) from error
         differing = [f"{k}: found {found.get(k)}, needed {v}" for k, v in identity.items() if found.get(k) != v]
         if differing:
             raise OutputError(f"{self.path} holds another run ({'; '.join(differing)}). Choose another output folder.")
@@ -78,34 +97,42 @@ class RunFolder:
         return self.path / ".work" / key[:16]
 
     def cached(self, folder: Path, key: str) -> dict[str, Any] | None:
-        """Return the stored entry of a step if it was made under the same key, else None."""
-        try:
-            entry: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """Return the stored entry of a step if it was made under the same key and is undamaged, else None."""
+        if not (folder / _RECORD).exists():
             return None
-        return entry if entry.get("key") == key else None
+        try:
+            entry: dict[str, Any] = dict(read_json(folder / _RECORD))
+            written = entry.pop("entry_sha256", None)
+            if written == hash_json(entry) and entry["key"] != key:
+                return None
+            whole = written == hash_json(entry) and entry.pop("files") == hash_folder(folder, without=_RECORD)
+        except (OSError, ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            _LOG.warning("%s: this result is damaged and is made again.", folder)
+            return None
+        return entry
 
     def store(self, folder: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """Let `fill` write into a folder beside `folder`, add record.json with the key, put it in place; return it."""
         with atomic_folder(folder) as partial:
-            entry = {"key": key, **fill(partial)}
-            (partial / "record.json").write_text(json.dumps(entry, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            entry: dict[str, Any] = json.loads(json.dumps({"key": key, **fill(partial)}, allow_nan=False))
+            whole = {**entry, "files": hash_folder(partial, without=_RECORD)}
+            write_json(partial / _RECORD, {**whole, "entry_sha256": hash_json(whole)})
         return entry
+
+    def forget_work(self) -> None:
+        """Remove what finished steps left of their checkpoints: a kill can come before they are gone."""
+        shutil.rmtree(self.path / ".work", ignore_errors=True)
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to run.jsonl: what happened, when (seconds since the epoch), with what."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False)
-        with (self.path / "run.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        append_text(self.path / "run.jsonl", line + "\n")
 
 
 def _lock(handle: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks of this kind; say so rather than pretend
+    if sys.platform == "win32":  # no advisory locks of this kind; say so rather than pretend
         _LOG.warning("%s is not locked on this system; do not start two runs on it", path)
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(f"{path} is in use by another dwindle run. Wait for it or choose another output.") from error
+    if not lock(handle):
+        raise OutputError(f"{path} is in use by another dwindle run. Wait for it or choose another output.")

@@ -118,6 +118,7 @@ class _Line:
                 if step.name != "quantize":
                     float_end = ends[0]
         self._forget_stale_steps()
+        self.folder.forget_work()
         write_reports(self.report, self.recipe, self.folder.path)
         self.folder.log("end", exit_code=self.report.exit_code)
         return self.report

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,15 @@ import pytest
 from dwindle import storage
 from dwindle.errors import OutputError
 from dwindle.storage import (
+    append_text,
     atomic_file,
     atomic_folder,
+    disk_is_full,
     folder_bytes,
     hash_file,
     hash_folder,
     hash_json,
+    read_json,
     require_space,
     write_json,
     write_text,
@@ -70,6 +75,75 @@ def test_no_space_is_told_with_the_remedy(tmp_path: Path) -> None:
     assert left(tmp_path) == []
     with pytest.raises(OutputError, match="are needed"):
         require_space(tmp_path / "not" / "there", 1 << 62)
+
+
+def test_a_full_disk_is_known_by_what_libraries_say_of_it(tmp_path: Path) -> None:
+    assert disk_is_full(OSError(errno.EFBIG, "x"))
+    assert not disk_is_full(OSError(errno.EIO, "x"))
+    outer = ValueError("could not write")
+    outer.__cause__ = RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)")
+    assert disk_is_full(outer)
+    with pytest.raises(OutputError, match="no space left"), atomic_folder(tmp_path / "d"):
+        raise outer
+    assert left(tmp_path) == []
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, then the folders that name them, then the rename, then the folder that names the result."""
+    told: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def name(handle: int) -> str:
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: told.append(name(handle)) or sync(handle))
+    monkeypatch.setattr(os, "replace", lambda a, b: told.append("rename") or replace(a, b))
+    with atomic_folder(tmp_path / "d") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "x").write_text("1")
+    assert told == [".d.partial/sub/x", ".d.partial/sub", ".d.partial", "rename", "."]
+
+
+def test_two_writers_of_one_place_do_not_meet(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from dwindle.storage import atomic_folder
+with atomic_folder(Path({str(tmp_path / "d")!r})) as partial:
+    (partial / "x").write_text("first")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "writing\n"
+        with pytest.raises(OutputError, match="d is being written by another process"), atomic_folder(tmp_path / "d"):
+            pass
+        assert (tmp_path / ".d.partial" / "x").read_text() == "first"
+    finally:
+        first.kill()
+        first.communicate()
+    with atomic_folder(tmp_path / "d") as partial:
+        (partial / "x").write_text("second")
+    assert (tmp_path / "d" / "x").read_text() == "second"
+
+
+def test_a_log_line_cut_off_by_a_kill_is_ended(tmp_path: Path) -> None:
+    append_text(tmp_path / "log", "a\n")
+    with (tmp_path / "log").open("a") as handle:
+        handle.write("hal")
+    append_text(tmp_path / "log", "b\n")
+    assert (tmp_path / "log").read_text() == "a\nhal\nb\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000, "\xff"])
+def test_json_that_cannot_be_read_is_a_value_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"."):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="at most 0 make sense"):
+        read_json(tmp_path / "x.json", largest_bytes=0)
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from dwindle import checkpoint as checkpoint_module
-from dwindle.errors import OutputError, RecipeError
+from dwindle.errors import OutputError, RecipeError, UnsupportedModel
+from dwindle.storage import hash_file, hash_json
 from dwindle.train import TrainOptions, TrainResult, train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -99,7 +102,7 @@ def test_an_interrupted_checkpoint_leaves_no_trace(
     assert_same(run(tmp_path), undisturbed)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index", "not an object"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index", "not an object", "progress"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     damage: str, tmp_path: Path, undisturbed: tuple[TrainResult, nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,13 +120,39 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         shards.write_bytes(content[:100])
     elif damage == "missing":
         shards.unlink()
+    elif damage == "progress":
+        index.write_text(index.read_text().replace('"step": 8', '"step": 9', 1))
     else:
         index.write_text("[]" if damage == "not an object" else index.read_text()[:50])
     with caplog.at_level(logging.WARNING, logger="dwindle"):
         assert_same(run(tmp_path, options=options), undisturbed)
-    file = "checkpoint.json" if damage in ("index", "not an object") else "__0_0.distcp"
+    file = "checkpoint.json" if damage in ("index", "not an object", "progress") else "__0_0.distcp"
     assert [m for m in caplog.messages if "step-00000008: this checkpoint is damaged" in m and file in m]
     assert names(tmp_path) == ["step-00000020"]
+
+
+class Intruder:
+    """What a pickle may do when it is opened: here, make a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.place,))
+
+
+def test_a_checkpoint_index_runs_no_code(tmp_path: Path) -> None:
+    """Hashes do not help against someone who writes them too."""
+    stopped(tmp_path, 6)
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    (folder / ".metadata").write_bytes(pickle.dumps(Intruder(tmp_path / "intruded")))
+    content = json.loads((folder / "checkpoint.json").read_text())
+    content["files"][".metadata"] = hash_file(folder / ".metadata")
+    del content["sha256"]
+    (folder / "checkpoint.json").write_text(json.dumps({**content, "sha256": hash_json(content)}))
+    with pytest.raises(UnsupportedModel, match=r"cannot be trusted \(it names pathlib"):
+        run(tmp_path)
+    assert not (tmp_path / "intruded").exists()
 
 
 def test_with_no_whole_checkpoint_it_starts_anew_and_says_so(
@@ -192,8 +221,8 @@ def test_what_another_version_did_not_record_is_not_compared(
     stopped(tmp_path, 6)
     index = tmp_path / "checkpoints" / "step-00000005" / "checkpoint.json"
     content = json.loads(index.read_text())
-    del content["fingerprint"]["start_weights"]
-    index.write_text(json.dumps(content))
+    del content["fingerprint"]["start_weights"], content["sha256"]
+    index.write_text(json.dumps({**content, "sha256": hash_json(content)}))
     assert_same(run(tmp_path), undisturbed)
 
 

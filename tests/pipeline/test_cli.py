@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dwindle.bundle import ModelBundle
-from dwindle.pipeline.cli import COMMANDS, main
+from dwindle.pipeline.cli import COMMANDS, cli, main
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -270,3 +276,51 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert code == 2
     assert "0 are free" in err
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_sigterm_ends_a_command_like_ctrl_c(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_of().to_yaml())
+    folder = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "dwindle.pipeline.cli", "run", str(recipe), "-o", str(folder)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "run.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert "Interrupted. Finished steps are kept" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("writer failed: No space left on device"), "no space left on the device"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "not enough memory",
+        ),
+        (MemoryError(), "not enough memory (MemoryError)"),
+    ],
+)
+def test_no_room_is_told_without_a_traceback(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 2
+    assert f"Error: {told}" in capsys.readouterr().err
+
+
+def test_what_a_foreign_file_names_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "\x1b[2Jno\u202ewhere"])
+    told = capsys.readouterr().err
+    assert "\\x1b[2Jno\\u202ewhere" in told
+    assert "\x1b" not in told
