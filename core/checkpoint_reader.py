@@ -49,7 +49,7 @@ class TensorReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index of the checkpoint. Raises UnsupportedModel for one that is damaged, or holds more."""
-        place = self._get_metadata_path(kwargs.get("rank"))  # type: ignore[no-untyped-call]
+        place = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(place, "rb") as stream:
             content = io.BytesIO(stream.read())
         try:
