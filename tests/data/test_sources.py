@@ -47,7 +47,53 @@ def test_rows_of_every_format(tmp_path: Path) -> None:
         handle.write("\n".join(map(json.dumps, rows)))
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e.jsonl.gz"):
         assert texts(tmp_path / name) == ["a, b\nc", "d"], name
-    assert len(texts(tmp_path)) == 10
+    for name in ("a.jsonl", "b.json", "c.csv"):
+        with pyarrow.output_stream(str(tmp_path / f"{name}.zst"), compression="zstd") as stream:
+            stream.write((tmp_path / name).read_bytes())
+        assert texts(tmp_path / f"{name}.zst") == ["a, b\nc", "d"], name
+    assert len(texts(tmp_path)) == 16
+
+
+def test_a_pattern_joins_columns(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"q": "1 + 1?", "a": "2", "n": 1}, {"q": "2 + 2?", "a": None, "n": 2}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        assert texts(f"{tmp_path / name}::{{q}} {{a}}") == ["1 + 1? 2", "2 + 2? "]
+        with pytest.raises(DataError, match="no column 'answer'; the columns are q, a, n"):
+            texts(f"{tmp_path / name}::{{q}} {{answer}}")
+
+
+def test_mixed_schemas_are_counted_with_examples(tmp_path: Path) -> None:
+    rows = [{"text": "x"}, {"body": "y"}, {"text": "z"}, *([{"title": "t"}] * 9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        DataError, match=r"a.jsonl:2: no column 'text'; the columns are body.*9 more of 12 rows: 4, 5, 6"
+    ):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_a_list_is_read_entry_by_entry(tmp_path: Path) -> None:
+    rows = [{"text": f"{i} " + "\\ué " * (i * 997 % 20_000)} for i in range(120)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    assert (tmp_path / "a.json").stat().st_size > 1 << 22
+    assert texts(tmp_path / "a.json") == [row["text"] for row in rows]
+    (tmp_path / "b.json").write_text(json.dumps(rows)[:-1])
+    with pytest.raises(DataError, match=r"b\.json:1: no JSON"):
+        texts(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(" [ ] ")
+    assert texts(tmp_path / "c.json") == []
+
+
+def test_a_record_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.data.byte_stream.LONGEST_RECORD_BYTES", 1000)
+    for name in ("a.jsonl", "a.csv"):
+        (tmp_path / name).write_text("text\n" * (name == "a.csv") + json.dumps({"text": "x" * 2000}) + "\n")
+        with pytest.raises(DataError, match=r"a\.\w+:\d: a line of more than 1,000 bytes"):
+            texts(tmp_path / name)
 
 
 def test_the_column_can_stand_in_the_place(tmp_path: Path) -> None:
@@ -81,6 +127,7 @@ def test_a_missing_column_names_those_found(tmp_path: Path, name: str) -> None:
         ("a.parquet", b"PAR1 no", r"no readable parquet"),
         ("a.csv", b"text\n\xff\xfe\xfd\n", r"no UTF-8"),
         ("a.txt.gz", gzip.compress(b"text " * 1000)[:40], r"damaged"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd nothing that was ever compressed", r"damaged"),
     ],
 )
 def test_damaged_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
