@@ -16,7 +16,8 @@ from dwindle.adapters.adapter import Adapter
 from dwindle.adapters.merge import merge, merged_weight
 from dwindle.adapters.options import AdapterOptions, RecoverOptions
 from dwindle.adapters.recovery import measured, recover
-from dwindle.peft_folder import LowRank, read_adapter
+from dwindle.low_rank import LowRank
+from dwindle.peft_folder import read_adapter
 
 __all__ = ["Adapter", "AdapterCard", "AdapterOptions", "LowRank", "RecoverOptions", "measured", "merge",
            "merged_weight", "read_adapter", "recover"]  # fmt: skip

@@ -20,7 +20,8 @@ from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
-from dwindle.peft_folder import LowRank, read_adapter
+from dwindle.low_rank import LowRank
+from dwindle.peft_folder import read_adapter
 from dwindle.report import StepRecord
 from dwindle.storage import hash_folder
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,13 @@ from torch import Tensor
 
 from dwindle.adapter_card import CARD_FILE, require_whole
 from dwindle.errors import UnsupportedModel, offenders
+from dwindle.low_rank import LowRank
 
-__all__ = ["LowRank", "read_adapter"]
+__all__ = ["read_adapter"]
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "magnitude",
              ".lora_magnitude_vector.weight": "magnitude"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The change of one linear O x I: W + scale * b @ a, for DoRA with its rows then set to the length `magnitude`."""
-
-    a: Tensor
-    """[r, I]"""
-    b: Tensor
-    """[O, r]"""
-    scale: float
-    magnitude: Tensor | None = None
-    """[O], DoRA only."""
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:

@@ -5,10 +5,10 @@
 
     the step          options, step, backends (the table of formats), parity, artefact, licence,
                       package_readme, packed_widths
-    adapters          carried_adapters
+    adapters          carried_adapters, adapter_package, adapter_parity, adapter_shelf, later_adapter
     the decoder       decoder, rotary, kv_cache
     ONNX              onnx_graph, onnx_attention, onnx_linears, onnx_quantized, onnx_kv, onnx_builder; onnx_runner;
-                      genai_config
+                      onnx_adapters, genai_config
     Core ML           coreml_package, coreml_decoder, coreml_convert, coreml_weights, coreml_merge, coreml_chunks,
                       coreml_engine, coreml_files; coreml_runner, coreml_interface
     a saved package   mil_evaluator, mil_reader, mil_operations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwindle.export.encoders import EncoderOptions as EncoderOptions
     from dwindle.export.encoders import export_encoder as export_encoder
+    from dwindle.export.later_adapter import package_adapter as package_adapter
     from dwindle.export.options import ExportOptions as ExportOptions
     from dwindle.export.parity import ParityLimits as ParityLimits
     from dwindle.export.parity import decode_parity as decode_parity
@@ -38,6 +39,7 @@ _HOMES = {
     "decode_parity": "parity",
     "export_encoder": "encoders",
     "open_artifact": "step",
+    "package_adapter": "later_adapter",
     "require_parity": "parity",
     "run": "step",
 }

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra
+from dwindle.export.carried_adapters import CarriedAdapter
 from dwindle.export.options import ExportOptions
 from dwindle.export.parity import DecodeRunner, ParityLimits
+from dwindle.low_rank import Factors
 from dwindle.report import Skipped
 
 __all__ = ["BACKENDS", "Backend", "ExecutedRunner", "Written"]
@@ -38,9 +40,23 @@ _FLOAT16_COMPUTE_LIMITS = ParityLimits(logit_error_share=0.05, kl_nats_per_token
 
 
 class ExecutedRunner(DecodeRunner, Protocol):
-    """A DecodeRunner that says what executes it."""
+    """A DecodeRunner that says what executes it, and swaps adapters between texts."""
 
     executed_by: str
+    context: int
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Return the names that may be activated."""
+
+    def load_adapter(self, folder: Path) -> str:
+        """Load a packaged adapter; return its name."""
+
+    def activate(self, name: str | None) -> None:
+        """Use an adapter, or with None the base, from the next text on; the cache is emptied."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class Written:
     runtime: dict[str, Any]
     minimum_os: str | None
     kv_bytes_per_number: int
+    adapters: dict[str, Any] = field(default_factory=dict)
+    """How adapters are handed in: what packaging one later needs, as the manifest keeps it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +78,12 @@ class Backend:
     libraries: tuple[str, ...]
     limits: Callable[[ExportOptions], ParityLimits]
     problems: Callable[[ModelBundle, ExportOptions], list[str]]
-    write: Callable[[ModelBundle, Path, ExportOptions], Written]
+    write: Callable[[ModelBundle, Path, ExportOptions, Sequence[CarriedAdapter]], Written]
     open: Callable[[Path], ExecutedRunner]
     not_executed: Callable[[], tuple[Skipped, ...]]
+    pack: Callable[[Path, Mapping[str, Any], Mapping[str, Factors], str], str] | None = None
+    """(adapter's folder, `Written.adapters`, factors, base hash) -> name of the file written into it; None: an adapter
+    is no file of its own in this format."""
     adapters: bool = False
     """It carries adapters beside the base."""
 
@@ -90,18 +111,27 @@ def _onnx_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
     return found
 
 
-def _write_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+def _write_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions, _: Sequence[CarriedAdapter]) -> Written:
     from dwindle.export.genai_config import genai_config
     from dwindle.storage import write_json
 
     graph, builder = _module("onnx_graph", "onnx"), _module("onnx_builder", "onnx")
-    graph.export_onnx(bundle, folder, options)
+    products = graph.export_onnx(bundle, folder, options)
     write_json(folder / "genai_config.json", genai_config(bundle, options))
     opsets = {domain or "ai.onnx": version for domain, version in builder.OPSETS.items()}
     kv = _module("onnx_kv", "onnx")
     runtime = {"opsets": opsets, "minimum_runtime": kv.minimum_runtime(options), "operators": options.operators,
                "activations": options.activations, "kv_cache": options.kv_cache, "compute": "float32"}  # fmt: skip
-    return Written(runtime, None, kv.KV_BYTES[options.kv_cache])
+    adapters = {"inputs": options.adapter_inputs, "products": products} if products else {}
+    return Written(runtime, None, kv.KV_BYTES[options.kv_cache], adapters)
+
+
+def _pack_onnx(folder: Path, inputs: Mapping[str, Any], changes: Mapping[str, Factors], base_sha256: str) -> str:
+    made = _module("onnx_adapters", "onnx")
+    arrays = made.packed_arrays(inputs["products"], changes)
+    made.write_adapter_file(folder / made.ADAPTER_FILE, arrays, base_sha256)
+    name: str = made.ADAPTER_FILE
+    return name
 
 
 def _open_onnx(folder: Path) -> ExecutedRunner:
@@ -119,7 +149,9 @@ def _coreml_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
     return found
 
 
-def _write_coreml(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+def _write_coreml(
+    bundle: ModelBundle, folder: Path, options: ExportOptions, _: Sequence[CarriedAdapter]
+) -> Written:  # fmt: skip
     info = _module("coreml_package", "coreml").export_coreml(bundle, folder, options)
     runtime = {**_shapes(options), **info.facts()}
     return Written(runtime, info.minimum_os, 2)
@@ -150,7 +182,9 @@ def _coreai_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
     return found
 
 
-def _write_coreai(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Written:
+def _write_coreai(
+    bundle: ModelBundle, folder: Path, options: ExportOptions, _: Sequence[CarriedAdapter]
+) -> Written:  # fmt: skip
     info = _module("coreai_asset", "coreai").export_coreai(bundle, folder, options)
     compute, number_bytes = ("float16", 2) if options.shapes == "static" else ("float32", 4)
     runtime = {"asset": info.asset.name, "compute": compute, "notes": list(info.notes), **_shapes(options)}
@@ -171,6 +205,7 @@ BACKENDS: dict[str, Backend] = {
     "onnx": Backend(
         extra="onnx", libraries=("onnx", "onnxruntime", "torch", "transformers"), limits=_onnx_limits,
         problems=_onnx_problems, write=_write_onnx, open=_open_onnx, not_executed=lambda: (),
+        pack=_pack_onnx, adapters=True,
     ),
     "coreml": Backend(
         extra="coreml", libraries=("coremltools", "numpy", "torch", "transformers"), limits=_coreml_limits,

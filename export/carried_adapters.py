@@ -12,13 +12,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dwindle.adapter_card import AdapterCard
+from dwindle.anatomy import Anatomy
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
-from dwindle.peft_folder import LowRank, read_adapter
+from dwindle.low_rank import LowRank
+from dwindle.peft_folder import read_adapter
 
-__all__ = ["CarriedAdapter", "carried_adapters"]
+__all__ = ["CarriedAdapter", "carried_adapters", "read_adapters"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _RESERVED = ("base", "decode", "main", "none", "prefill")
@@ -41,6 +44,11 @@ class CarriedAdapter:
         return max(len(change.a) for change in self.changes.values())
 
     @property
+    def kind(self) -> Literal["lora", "dora"]:
+        """Return what its inputs have to carry."""
+        return "dora" if self.scales_rows else "lora"
+
+    @property
     def scales_rows(self) -> bool:
         """Return whether it sets the lengths of rows as well (DoRA)."""
         return any(change.magnitude is not None for change in self.changes.values())
@@ -48,9 +56,13 @@ class CarriedAdapter:
 
 def carried_adapters(bundle: ModelBundle, folders: Sequence[Path]) -> tuple[CarriedAdapter, ...]:
     """Return the adapters of these folders. Raises RecipeError with every reason why one does not fit this base."""
+    return read_adapters(folders, bundle.content_sha256, bundle.anatomy) if folders else ()
+
+
+def read_adapters(folders: Sequence[Path], sha256: str, anatomy: Anatomy) -> tuple[CarriedAdapter, ...]:
+    """Return the adapters of these folders for the base of that hash; raises as `carried_adapters` does."""
     found, problems = [], []
-    sha256 = bundle.content_sha256 if folders else ""
-    shapes = _shapes(bundle)
+    shapes = _shapes(anatomy)
     for folder in map(Path, folders):
         try:
             adapter = CarriedAdapter(folder.resolve().name, folder, AdapterCard.read(folder), read_adapter(folder))
@@ -69,9 +81,8 @@ def carried_adapters(bundle: ModelBundle, folders: Sequence[Path]) -> tuple[Carr
     return tuple(found)
 
 
-def _shapes(bundle: ModelBundle) -> dict[str, tuple[int, int]]:
+def _shapes(anatomy: Anatomy) -> dict[str, tuple[int, int]]:
     """Return (O, I) of each linear that an adapter may change."""
-    anatomy = bundle.anatomy
     return {name: anatomy.linear_shape(layer, part) for layer in range(anatomy.layers)
             for part, name in anatomy.parts(layer).items()}  # fmt: skip
 

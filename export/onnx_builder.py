@@ -61,6 +61,7 @@ class GraphBuilder:
         self._nodes: list[Any] = []
         self._stored: dict[str, Any] = {}
         self._inputs: list[Any] = []
+        self._overridable: set[str] = set()
         self._outputs: list[Any] = []
         self._counts: dict[str, int] = {}
 
@@ -77,6 +78,12 @@ class GraphBuilder:
         """Declare a graph input; return its name."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, dims))
         return name
+
+    def overridable(self, name: str, dims: Dims, default: Tensor) -> str:
+        """Declare a graph input that a caller may leave out: it is then `default`. Return its name."""
+        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[default.dtype], dims))
+        self._overridable.add(name)
+        return self.weight(name, lambda: default)
 
     def output(self, value: str, name: str, kind: int, dims: Dims) -> None:
         """Declare `value` as a graph output of that name."""
@@ -148,7 +155,8 @@ class GraphBuilder:
                                      producer_version=dwindle.__version__)  # fmt: skip
 
         try:
-            onnx.checker.check_model(model([*self._inputs, *self._stored.values()]))
+            stored = [value for name, value in self._stored.items() if name not in self._overridable]
+            onnx.checker.check_model(model([*self._inputs, *stored]))
         except onnx.checker.ValidationError as error:  # names the node, which bears its module's name
             raise ExportFailed(f"onnx {onnx.__version__} refuses the graph of {self.path.name}: {error}") from error
         whole = model(self._inputs)

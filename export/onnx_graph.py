@@ -30,6 +30,7 @@ from onnx import TensorProto
 from dwindle.anatomy import Part
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError, offenders
+from dwindle.export.onnx_adapters import AdapterProducts
 from dwindle.export.onnx_attention import attention_for, is_fused
 from dwindle.export.onnx_builder import MICROSOFT, GraphBuilder
 from dwindle.export.onnx_kv import KVScales, kv_scales, minimum_runtime
@@ -74,8 +75,10 @@ def onnx_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
     return problems
 
 
-def export_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Path:
-    """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder; return its path.
+def export_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions) -> dict[str, dict[str, Any]]:
+    """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder.
+
+    Returns the products with inputs for adapters (`AdapterProducts.products`).
 
     Raises RecipeError if `onnx_problems` finds any.
     """
@@ -86,16 +89,18 @@ def export_onnx(bundle: ModelBundle, folder: Path, options: ExportOptions) -> Pa
     scales = kv_scales(bundle, _calibration_texts(bundle, options)) if options.kv_cache == "int8" else {}
     external = bundle.size().bytes > options.external_data_above_bytes
     with GraphBuilder(folder / MODEL_FILE, external_data=external) as graph, torch.no_grad():
-        DecoderGraph(bundle, graph, options, scales).author()
+        authored = DecoderGraph(bundle, graph, options, scales)
+        authored.author()
         graph.save({
             "dwindle.context_length": str(options.context_length),
             "dwindle.source_sha256": bundle.content_sha256,
             "dwindle.operators": "fused" if is_fused(bundle.anatomy, options) else "plain",
             "dwindle.kv_cache": options.kv_cache,
             "dwindle.activations": options.activations,
+            "dwindle.adapter_inputs": options.adapter_inputs,
             "dwindle.minimum_runtime": minimum_runtime(options),
         })  # fmt: skip
-    return folder / MODEL_FILE
+    return authored.adapters.products
 
 
 def _calibration_texts(bundle: ModelBundle, options: ExportOptions) -> list[torch.Tensor]:
@@ -129,7 +134,8 @@ class DecoderGraph:
         self.anatomy, self.traits = bundle.anatomy, bundle.anatomy.traits
         self.fused = is_fused(self.anatomy, options)
         self.attention = attention_for(graph, self.anatomy, options, scales)
-        self.linears = Linears(bundle, graph, options.activations)
+        self.adapters = AdapterProducts(graph, options.adapter_inputs, self.anatomy.linear_names())
+        self.linears = Linears(bundle, graph, options.activations, self.adapters)
 
     def author(self) -> None:
         """Write the whole graph onto the tape."""

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from dwindle.bundle import ModelBundle
+from dwindle.export.onnx_adapters import AdapterProducts
 from dwindle.export.onnx_builder import GraphBuilder
 from dwindle.export.onnx_quantized import gather, matmul
 from dwindle.export.options import Activations
@@ -30,8 +31,10 @@ _FLOAT = TensorProto.FLOAT
 class Linears:
     """Adds a bundle's products to a graph."""
 
-    def __init__(self, bundle: ModelBundle, graph: GraphBuilder, activations: Activations) -> None:
-        self.bundle, self.graph, self.activations = bundle, graph, activations
+    def __init__(
+        self, bundle: ModelBundle, graph: GraphBuilder, activations: Activations, adapters: AdapterProducts
+    ) -> None:
+        self.bundle, self.graph, self.activations, self.adapters = bundle, graph, activations, adapters
         self.anatomy = bundle.anatomy
 
     def product(self, x: str, name: str) -> str:
@@ -46,10 +49,24 @@ class Linears:
 
     def packed(self, x: str, names: Sequence[str], label: str) -> str:
         """Return the products of alike linears side by side, [B, T, sum of O], from one operator named `label`."""
-        graph, modules = self.graph, [self.bundle.model.get_submodule(name) for name in names]
-        bias = ""
-        if getattr(modules[0], "bias", None) is not None:
-            bias = graph.weight(f"{label}.bias", lambda: torch.cat([cast(Tensor, m.bias) for m in modules]))
+        modules: list[Any] = [self.bundle.model.get_submodule(name) for name in names]
+        bias, takes = self._bias(modules, label), self.adapters.takes(names)
+        later = bias if takes and self.adapters.scales_rows else ""
+        y = self._base(x, names, modules, label, "" if later else bias)
+        if not takes:
+            return y
+        parts = {name: int(module.out_features) for name, module in zip(names, modules, strict=True)}
+        return self.adapters.added(x, y, later, label, int(modules[0].in_features), parts)
+
+    def _bias(self, modules: Sequence[Any], label: str) -> str:
+        """Return the name of the linears' bias, "" where they have none."""
+        if getattr(modules[0], "bias", None) is None:
+            return ""
+        return self.graph.weight(f"{label}.bias", lambda: torch.cat([cast(Tensor, m.bias) for m in modules]))
+
+    def _base(self, x: str, names: Sequence[str], modules: Sequence[Any], label: str, bias: str) -> str:
+        """Return the products without an adapter."""
+        graph = self.graph
         if isinstance(modules[0], QuantizedLinear):
             return matmul(graph, x, label, _stacked([_affine(m) for m in modules]), self.activations, bias)
         weight = graph.float_weight(

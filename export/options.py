@@ -10,15 +10,22 @@ from dwindle.errors import RecipeError
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
 
-__all__ = ["FORMATS", "Activations", "ExportOptions", "KVCache", "Operators", "Shapes"]
+__all__ = ["FORMATS", "Activations", "AdapterInputs", "ExportOptions", "KVCache", "Operators", "Shapes"]
 
 FORMATS = ("onnx", "coreml", "coreai")
 """The formats an export can write, in the order they are written."""
 Activations = Literal["float32", "int8"]
+AdapterInputs = Literal["none", "lora", "dora"]
 KVCache = Literal["float32", "float16", "int8"]
 Operators = Literal["fused", "plain"]
 Shapes = Literal["dynamic", "static"]
-_CHOICES = {"activations": Activations, "kv_cache": KVCache, "operators": Operators, "shapes": Shapes}
+_CHOICES = {
+    "adapter_inputs": AdapterInputs,
+    "activations": Activations,
+    "kv_cache": KVCache,
+    "operators": Operators,
+    "shapes": Shapes,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,13 @@ class ExportOptions:
     """ONNX only: the type quantized matrix products compute in. int8 is three to four times as fast and rounds the
     activations in blocks, which moves logits by one or two percent of their range (about 2e-4 nats/token); its parity
     limits are wider accordingly."""
+    adapter_inputs: AdapterInputs = "none"
+    """ONNX, Core AI: inputs for adapters, so that they can be packaged for this very model later and swapped in at run
+    time: `lora` for low-rank changes, `dora` for scales of rows as well, which cost one more product a linear. Adapters
+    that an export is given have the inputs they need in any case."""
+    adapter_rank: int = 16
+    """Core AI with static shapes only: rank that adapter inputs are made for; that of the largest adapter given, if it
+    is larger. Elsewhere every adapter has its own."""
     external_data_above_bytes: int = 500_000_000
     """ONNX only: from this many bytes of weights on, they go into a `model.onnx.data` beside the graph (which may
     hold 2 GB at most)."""
@@ -74,6 +88,7 @@ class ExportOptions:
             "longest_tokens": 1,
             "external_data_above_bytes": 0,
             "prefill_tokens": 2,
+            "adapter_rank": 1,
             "largest_file_bytes": 1,
         }
         for name, least in least_values.items():

@@ -36,7 +36,7 @@ from dwindle.report import Artifact, Parity
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encode
 
-__all__ = ["DecodeRunner", "ParityLimits", "decode_parity", "parity_prompts", "require_parity"]
+__all__ = ["Comparison", "DecodeRunner", "ParityLimits", "decode_parity", "parity_prompts", "require_parity"]
 
 _PIECE = 256
 """Tokens of the longest text fed at a time, and rows of the reference's logits computed at a time."""
@@ -73,6 +73,8 @@ class ParityLimits:
     """Mean KL(reference || artifact)."""
     top1_agreement: float = 0.98
     """Smallest share of positions with the same top-1 token; ties may fall either way."""
+    logit_error_floor: float = 0.0
+    """Largest |logit error| that is allowed in any case, however small the logits are."""
 
     def __post_init__(self) -> None:
         problems = [f"{name}={value!r} must be a number from 0 on"
@@ -84,7 +86,7 @@ class ParityLimits:
 
 
 @dataclass
-class _Comparison:
+class Comparison:
     """Running maxima and sums over all positions of all prompts."""
 
     tokens: int = 0
@@ -121,7 +123,7 @@ class _Comparison:
         error = self.largest_error if self.finite else worst
         kl = max(0.0, self.kl_sum / self.tokens) if self.finite else worst
         agreement = self.agreeing / self.tokens
-        allowed = limits.logit_error_share * self.largest_logit
+        allowed = max(limits.logit_error_share * self.largest_logit, limits.logit_error_floor)
         passed = error <= allowed and kl <= limits.kl_nats_per_token and agreement >= limits.top1_agreement
         listed = {"max_abs_logit_error": allowed, **asdict(limits), "max_abs_logit": self.largest_logit}
         return Parity(error, kl, agreement, self.tokens, executed_by, passed and self.finite, listed, longest)
@@ -139,7 +141,7 @@ def decode_parity(
     """
     if not prompts:
         raise DataError("parity: no prompt was given; at least one is needed.")
-    comparison = _Comparison()
+    comparison = Comparison()
     for prompt in prompts:
         runner.reset()
         found, text = [runner.step(prompt)], prompt

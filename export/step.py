@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError, offenders
+from dwindle.export.adapter_package import ADAPTERS, adapter_factors, describe, write_adapter_files
+from dwindle.export.adapter_parity import ADAPTER_LIMITS, adapters_parity
 from dwindle.export.artefact import (
     manifest_of,
     model_facts,
@@ -29,13 +31,13 @@ from dwindle.export.artefact import (
     write_companions,
     write_manifest,
 )
-from dwindle.export.backends import BACKENDS, ExecutedRunner
+from dwindle.export.backends import BACKENDS, Backend, ExecutedRunner, Written
 from dwindle.export.carried_adapters import CarriedAdapter, carried_adapters
 from dwindle.export.licence import licence_files, licence_lines
 from dwindle.export.options import ExportOptions
 from dwindle.export.package_readme import write_readme
-from dwindle.export.parity import decode_parity, parity_prompts
-from dwindle.report import Artifact
+from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts
+from dwindle.report import Artifact, Parity
 from dwindle.storage import atomic_folder, folder_bytes, hash_folder, require_space
 from dwindle.token_set import TokenSet
 
@@ -68,8 +70,8 @@ def run(
     with experts; before anything is written.
     """
     require_dense(bundle.anatomy, "export")
-    output, options = Path(output), options.resolved(bundle.anatomy)
-    carried = carried_adapters(bundle, adapters)
+    output, carried = Path(output), carried_adapters(bundle, adapters)
+    options = _with_inputs(options.resolved(bundle.anatomy), carried)
     length, steps, longest = options.parity_lengths()
     if evaluation is not None:
         longest = min(longest, max(length, evaluation.ids.numel()))
@@ -80,7 +82,7 @@ def run(
     for name in options.formats:
         require_artifact_place(output / name, name)
     require_space(output, 2 * bundle.size().bytes * len(options.formats))
-    return [_export(name, bundle, options, output / name, texts) for name in options.formats]
+    return [_export(name, bundle, options, output / name, texts, carried) for name in options.formats]
 
 
 def open_artifact(folder: Path) -> ExecutedRunner:
@@ -98,23 +100,46 @@ def open_artifact(folder: Path) -> ExecutedRunner:
     return BACKENDS[name].open(folder)
 
 
-def _export(name: str, bundle: ModelBundle, options: ExportOptions, place: Path, texts: _Texts) -> Artifact:
+def _with_inputs(options: ExportOptions, adapters: Sequence[CarriedAdapter]) -> ExportOptions:
+    """Return the options with the inputs that these adapters need."""
+    if not adapters:
+        return options
+    kinds = {options.adapter_inputs, *(adapter.kind for adapter in adapters)}
+    return replace(options, adapter_inputs="dora" if "dora" in kinds else "lora",
+                   adapter_rank=max(options.adapter_rank, *(adapter.rank for adapter in adapters)))  # fmt: skip
+
+
+def _export(
+    name: str, bundle: ModelBundle, options: ExportOptions, place: Path, texts: _Texts,
+    adapters: Sequence[CarriedAdapter],
+) -> Artifact:  # fmt: skip
     form, started = BACKENDS[name], time.perf_counter()
     with atomic_folder(place) as partial:
-        written = form.write(bundle, partial, options)
+        written = form.write(bundle, partial, options, adapters)
+        files = _packed(form, bundle, partial, written, adapters)
         write_companions(bundle, partial)
         exported = time.perf_counter()
         _log.info("export: %s written in %.1f s, checking it", name, exported - started)
         runner = form.open(partial)
         parity = decode_parity(bundle, runner, texts.prompts, texts.steps, form.limits(options), runner.executed_by,
                                longest=texts.longest)  # fmt: skip
+        found = _checked_adapters(bundle, runner, partial, adapters, texts, form.limits(options))
         runtime = {**written.runtime, "minimum_os": written.minimum_os, **_observed(runner)}
         del runner
+        parity = next((one for one in found.values() if not one.passed), parity)
+        packages = [
+            describe(adapter, partial / ADAPTERS / adapter.name, {name: {
+                "file": files.get(adapter.name), "parity": asdict(found[adapter.name])}})
+            for adapter in adapters
+        ]  # fmt: skip
         checked = time.perf_counter()
         facts = model_facts(bundle, options.context_length or 0, written.kv_bytes_per_number)
         versions, missing = versions_of(form.libraries), form.not_executed()
         manifest = manifest_of(name, bundle, facts=facts, runtime=runtime, versions=versions, parity=parity,
                                not_executed=missing)  # fmt: skip
+        carried = {"adapter_inputs": written.adapters, "adapters": [
+            {**package, "parity": asdict(found[package["name"]])} for package in packages]}  # fmt: skip
+        manifest |= carried if written.adapters or packages else {}
         for file in licence_files(bundle):
             shutil.copyfile(file, partial / file.name)
         write_readme(partial, manifest, licence_lines=licence_lines(bundle))
@@ -125,8 +150,38 @@ def _export(name: str, bundle: ModelBundle, options: ExportOptions, place: Path,
         format=name, path=str(place), bytes=folder_bytes(place), sha256=hash_folder(place), parity=parity,
         versions=versions, minimum_os=written.minimum_os,
         details={**facts, "runtime": runtime, "export_seconds": exported - started,
-                 "parity_seconds": checked - exported, "not_executed": manifest["not_executed"]},
+                 "parity_seconds": checked - exported, "not_executed": manifest["not_executed"],
+                 **({"adapters": manifest["adapters"]} if adapters else {})},
     )  # fmt: skip
+
+
+def _packed(
+    form: Backend, bundle: ModelBundle, folder: Path, written: Written, adapters: Sequence[CarriedAdapter]
+) -> dict[str, str]:  # fmt: skip
+    """Write a folder for each adapter; return the name of the runtime's file in it, by adapter."""
+    files = {}
+    for adapter in adapters:
+        place = folder / ADAPTERS / adapter.name
+        write_adapter_files(adapter, place)
+        if form.pack is not None:
+            changes = adapter_factors(adapter, bundle)
+            files[adapter.name] = form.pack(place, written.adapters, changes, adapter.card.base_sha256)
+    return files
+
+
+def _checked_adapters(
+    bundle: ModelBundle, runner: ExecutedRunner, folder: Path, adapters: Sequence[CarriedAdapter], texts: _Texts,
+    limits: ParityLimits,
+) -> dict[str | None, Parity]:  # fmt: skip
+    """Return the parity of each adapter by name, and of the base between them; says who executed it."""
+    if not adapters:
+        return {}
+    for adapter in adapters:
+        runner.load_adapter(folder / ADAPTERS / adapter.name)
+    strict = ADAPTER_LIMITS if limits == ParityLimits() else limits
+    found = adapters_parity(bundle, runner, adapters, texts.prompts[0], strict)
+    return {name: replace(one, executed_by=f"{one.executed_by}, {f'adapter {name}' if name else 'between adapters'}")
+            for name, one in found.items()}  # fmt: skip
 
 
 def _observed(runner: ExecutedRunner) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dwindle.errors import GateFailed
 from dwindle.pipeline.commands.shared import (
     data_option,
     device_option,
@@ -72,7 +73,7 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
 
 @click.group()
 def adapters() -> None:
-    """List and show adapter folders."""
+    """List and show adapter folders, and package one for an exported base."""
 
 
 @adapters.command("list")
@@ -86,6 +87,34 @@ def list_(folder: str, model: str | None, as_json: bool) -> None:
     base = None if model is None else load(model).content_sha256
     found = catalogue(Path(folder), base)
     emit({"adapters": found}, catalogue_table(found), as_json)
+
+
+@adapters.command()
+@click.argument("folder", type=click.Path())
+@click.option("--for", "artefacts", multiple=True, required=True, type=click.Path(), metavar="ARTEFACT",
+              help="Exported folder that the adapter is to run in; repeat for one of another format.")  # fmt: skip
+@click.option("-m", "--model", help="The base: executes the adapter and compares it. A DoRA adapter needs it.")
+@output_option
+@json_option
+def package(folder: str, artefacts: tuple[str, ...], model: str | None, output: str, as_json: bool) -> None:
+    """Write what a runtime needs of one adapter, for a base that was exported earlier and stays as it is.
+
+    ARTEFACT has to be ready for adapters: exported with --adapter, or with --set adapter_inputs=lora.
+    """
+    from dwindle.export import package_adapter
+
+    base = None if model is None else load(model)
+    found = package_adapter(Path(folder), [Path(place) for place in artefacts], Path(output), base)
+    lines, missed = [], False
+    for kind, row in found["runtimes"].items():
+        parity = row.get("parity")
+        verdict = "loaded, not compared (give -m)" if parity is None else "passed" if parity["passed"] else "FAILED"
+        detail = "" if parity is None else f" (max |logit error| {parity['max_abs_logit_error']:.1e})"
+        lines.append(f"{kind}: {row['file']}, {row['bytes']:,} bytes, parity {verdict}{detail}")
+        missed |= parity is not None and not parity["passed"]
+    emit(found, "\n".join([*lines, f"Written: {output}"]), as_json)
+    if missed:
+        raise GateFailed("adapters package: the adapter does not compute what it was trained to; do not ship it.")
 
 
 @adapters.command()

@@ -12,7 +12,7 @@ from dwindle.adapters.attach import adapter_config, adapter_tensors, attach, fil
 from dwindle.adapters.merge import merged_weight
 from dwindle.adapters.options import AdapterOptions, RecoverOptions
 from dwindle.errors import RecipeError
-from dwindle.peft_folder import LowRank
+from dwindle.low_rank import LowRank
 from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
 

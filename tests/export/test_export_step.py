@@ -220,7 +220,7 @@ def test_a_miss_is_told_kept_and_not_raised(
     bundle, other = tiny_bundle("llama"), tiny_bundle("llama", seed=1)
     original = backends.BACKENDS["onnx"].write
     wrong = dataclasses.replace(
-        backends.BACKENDS["onnx"], write=lambda _, folder, options: original(other, folder, options)
+        backends.BACKENDS["onnx"], write=lambda _, folder, options, adapters: original(other, folder, options, adapters)
     )
     monkeypatch.setitem(backends.BACKENDS, "onnx", wrong)
     (artifact,) = export.run(bundle, ONNX, tmp_path)
