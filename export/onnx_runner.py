@@ -115,17 +115,17 @@ class OnnxRunner:
         self._adapter = self._shelf.pick(name)
         self.reset()
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if not self._shared:
-            self._past = {name: past[:, :, :length] for name, past in self._past.items()}
-        self.length = length
-
     def reset(self) -> None:
         """Empty the cache."""
         self._past: dict[str, Any] = dict(self._empty)
         self._buffers: dict[str, Any] = {}
         self._slots = self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not self._shared:
+            self._past = {name: past[:, :, :length] for name, past in self._past.items()}
+        self.length = length
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed ids [1, T]; return logits [T, V] float32."""
