@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from dwindle.weights import AffineWeight, PalettizedWeight
 
-__all__ = ["ModelBundle", "lineage_of", "not_storable", "require_model_place"]
+__all__ = ["ModelBundle", "content_digest", "lineage_of", "not_storable", "require_model_place"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -199,12 +199,7 @@ class ModelBundle:
     @property
     def content_sha256(self) -> str:
         """Return one hash over config, weights as stored, and tokenizer: equal before a save and after its load."""
-        config = {key: value for key, value in self.config_json().items() if key not in _VOLATILE_KEYS}
-        digest = hashlib.sha256(f"{hash_json(config)}\n{tokenizer_sha256(self.tokenizer)}\n".encode())
-        for name, tensor in sorted(self.stored_tensors().items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return content_digest(self.config_json(), self.tokenizer, sorted(self.stored_tensors().items()))
 
     def size(self) -> Measurement:
         """Return parameters, stored bytes and bits per weight (tied tensors once); the quality fields are None."""
@@ -228,6 +223,18 @@ class ModelBundle:
             bits_per_weight_linear=_bits_per_weight(bits, linears),
             bits_per_weight_embedding=_bits_per_weight(bits, ends),
         )
+
+
+def content_digest(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> str:
+    """Return one hash over a config, a tokenizer, and named tensors as they are stored, in the order of their names."""
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+    digest = hashlib.sha256(f"{hash_json(kept)}\n{tokenizer_sha256(tokenizer)}\n".encode())
+    for name, tensor in tensors:
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _without_adapter(name: str) -> str:

@@ -112,6 +112,8 @@ def built_layout(anatomy: Anatomy, tensors: Mapping[str, Tensor], names: Collect
         if experts is None or f"{built}.{_GATE_UP}" not in names:
             continue
         rows = [anatomy.expert_parts(layer, expert) for expert in range(experts.count)]
+        if f"{rows[0]['gate']}.weight" not in found:  # another layer's tensors were given
+            continue
         taken = [{part: found.pop(f"{name}.weight") for part, name in row.items()} for row in rows]
         found[f"{built}.{_GATE_UP}"] = torch.stack([torch.cat([one["gate"], one["up"]]) for one in taken])
         found[f"{built}.{_DOWN}"] = torch.stack([one["down"] for one in taken])

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dwindle.bundle import ModelBundle
 
-__all__ = ["VOCABULARY_MAP_FILE", "VocabularyMap", "map_between", "map_from"]
+__all__ = ["VOCABULARY_MAP_FILE", "Reader", "VocabularyMap", "map_between", "map_from"]
 
 VOCABULARY_MAP_FILE = "vocabulary_map.json"
 _SCHEMA = 1
@@ -162,7 +162,31 @@ class VocabularyMap:
             ) from error
 
 
-def map_between(teacher: ModelBundle, student: ModelBundle) -> VocabularyMap | None:
+class _Sized(Protocol):
+    @property
+    def vocab(self) -> int: ...
+
+
+class Reader(Protocol):
+    """A model that reads ids of a vocabulary: a bundle, or a teacher of any family."""
+
+    @property
+    def anatomy(self) -> _Sized:
+        """Return what names the vocabulary's size."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return what makes the ids."""
+        ...
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """Return the map to the vocabulary that this one was cut from."""
+        ...
+
+
+def map_between(teacher: Reader, student: ModelBundle) -> VocabularyMap | None:
     """Return the map by which `teacher` reads what `student` reads; None where both have one vocabulary.
 
     Raises UnsupportedModel where there is no such map: two vocabularies that no cut relates.
@@ -171,7 +195,7 @@ def map_between(teacher: ModelBundle, student: ModelBundle) -> VocabularyMap | N
 
 
 def map_from(
-    teacher: ModelBundle, vocabulary: int, tokenizer: PreTrainedTokenizerBase, mapped: VocabularyMap | None
+    teacher: Reader, vocabulary: int, tokenizer: PreTrainedTokenizerBase, mapped: VocabularyMap | None
 ) -> VocabularyMap | None:
     """Return the map of `map_between` for a student known by its vocabulary's size, tokenizer and own map alone."""
     same_size = teacher.anatomy.vocab == vocabulary

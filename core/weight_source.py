@@ -27,7 +27,7 @@ from dwindle.tokenizer_files import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["STREAMED_PARAMETERS", "WeightSource"]
+__all__ = ["STREAMED_PARAMETERS", "StoredTensors", "WeightSource"]
 
 STREAMED_PARAMETERS = 500_000_000
 """From so many parameters on, the command line works block by block."""
@@ -47,50 +47,23 @@ class _Place:
     shape: tuple[int, ...]
 
 
-class WeightSource:
-    """An unquantized checkpoint folder of a family in the table; raises UnsupportedModel or RecipeError for others."""
+class StoredTensors:
+    """The float tensors of a checkpoint folder of any architecture; others (masks, codes) are not seen."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = load_config(folder)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise RecipeError(
-                f"{folder} is quantized already, and codes are rounded once. Start from the float checkpoint "
-                "that it was made from."
-            )
         self.files = inspect_checkpoint(folder)
-        compare_tensors(folder, self.config, self.files)
-        self.anatomy = anatomy_of(self.config)
-        odd = [f"{name} ({t.dtype})" for name, t in self.files.tensors.items() if t.dtype not in _DTYPES]
-        if odd:
-            raise UnsupportedModel(
-                f"{folder}: {len(odd)} tensors are stored in types that are no plain floats: {offenders(odd)}. "
-                f"Needed: {', '.join(_DTYPES)}. Give the unquantized checkpoint."
-            )
         self.storage_dtype = _DTYPES[self.files.float_dtype()]
         self._places = {name: place for file in self.files.files for name, place in _places(folder / file)}
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the stored tensors that the model has a place for, in the order of its layers.
+        """Return the names of the tensors."""
+        return sorted(self._places)
 
-        A tied head's copy of the embedding is left out.
-        """
-        anatomy = self.anatomy
-        head = f"{anatomy.head}.weight"
-        paths = [anatomy.embedding, *map(anatomy.layer_path, range(anatomy.layers)), anatomy.final_norm, anatomy.head]
-        known = sorted(name for name in self._places if name.endswith((".weight", ".bias")))  # old ones hold inv_freq
-        found = {path: [name for name in known if name.startswith(f"{path}.")] for path in paths}
-        return [name for names in found.values() for name in names if not (anatomy.tied and name == head)]
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of stored parameters, a tied head's once."""
-        return sum(math.prod(self.shape(name)) for name in self.names)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the checkpoint's tokenizer; none of its own code is run."""
-        return load_tokenizer(self.folder, trust_remote_code=False, vocab=self.anatomy.vocab)
+    def __contains__(self, name: object) -> bool:
+        """Return whether a tensor of that name is stored."""
+        return name in self._places
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor."""
@@ -117,6 +90,49 @@ class WeightSource:
                 parts.append(file.read(row))
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=place.dtype).view(len(rows), -1).float()
 
+
+class WeightSource(StoredTensors):
+    """An unquantized checkpoint folder of a family in the table; raises UnsupportedModel or RecipeError for others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = load_config(folder)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise RecipeError(
+                f"{folder} is quantized already, and codes are rounded once. Start from the float checkpoint "
+                "that it was made from."
+            )
+        super().__init__(folder)
+        compare_tensors(folder, self.config, self.files)
+        odd = [f"{name} ({t.dtype})" for name, t in self.files.tensors.items() if t.dtype not in _DTYPES]
+        if odd:
+            raise UnsupportedModel(
+                f"{folder}: {len(odd)} tensors are stored in types that are no plain floats: {offenders(odd)}. "
+                f"Needed: {', '.join(_DTYPES)}. Give the unquantized checkpoint."
+            )
+        self.anatomy = anatomy_of(self.config)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the stored tensors that the model has a place for, in the order of its layers.
+
+        A tied head's copy of the embedding is left out.
+        """
+        anatomy = self.anatomy
+        head = f"{anatomy.head}.weight"
+        paths = [anatomy.embedding, *map(anatomy.layer_path, range(anatomy.layers)), anatomy.final_norm, anatomy.head]
+        known = sorted(name for name in self._places if name.endswith((".weight", ".bias")))  # old ones hold inv_freq
+        found = {path: [name for name in known if name.startswith(f"{path}.")] for path in paths}
+        return [name for names in found.values() for name in names if not (anatomy.tied and name == head)]
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of stored parameters, a tied head's once."""
+        return sum(math.prod(self.shape(name)) for name in self.names)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the checkpoint's tokenizer; none of its own code is run."""
+        return load_tokenizer(self.folder, trust_remote_code=False, vocab=self.anatomy.vocab)
+
     def extremes(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor's name and its largest magnitude (NaN if it holds one): one pass over all bytes."""
         for name in self.names:
@@ -127,10 +143,11 @@ class WeightSource:
 
 
 def _places(path: Path) -> Iterator[tuple[str, _Place]]:
-    """Yield name and place of the tensors in a file whose header was found valid."""
+    """Yield name and place of the float tensors in a file whose header was found valid."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        yield name, _Place(path, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if (dtype := _DTYPES.get(entry["dtype"])) is not None:
+            yield name, _Place(path, 8 + length + entry["data_offsets"][0], dtype, tuple(entry["shape"]))

@@ -3,7 +3,8 @@
 step, options       the step; correction (fine-tune the teacher first), memory_plan (what a run will take)
 losses              losses (on logits), row_losses, loss_mix, loss_spec, layer_match (hidden states)
 fused               fused_loss, head: from hidden states, never all logits at once
-the teacher         teacher_signal (live, several), objective; on_policy, on_policy_options (written text)
+the teacher         teacher_model (any causal model), teacher_signal (live, several), objective;
+                    on_policy, on_policy_options (written text)
 the cache           logit_cache, cache_writer, cache_shard, cache_options, cached_teacher, sparse_targets,
                     token_sampling, window_codec, bit_fields
 """
@@ -19,6 +20,7 @@ from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy_options import OnPolicyOptions
 from dwindle.distill.options import DistillOptions, LossSpec, TeacherSpec
 from dwindle.distill.step import run
+from dwindle.distill.teacher_model import Teacher
 from dwindle.distill.teacher_signal import LiveTeacher, SeveralTeachers, TeacherSignal, TeacherTargets
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "LossSpec",
     "OnPolicyOptions",
     "SeveralTeachers",
+    "Teacher",
     "TeacherSignal",
     "TeacherSpec",
     "TeacherTargets",

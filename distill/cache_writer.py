@@ -26,10 +26,13 @@ from dwindle.distill.bit_fields import MAX_FIELD_BITS
 from dwindle.distill.cache_options import CacheOptions
 from dwindle.distill.cache_shard import Hashes, shard_bytes, shard_name, window_hashes
 from dwindle.distill.logit_cache import CacheManifest, LogitCache, ShardEntry, require_identity
+from dwindle.distill.teacher_model import Teacher
+from dwindle.distill.teacher_signal import logit_slices
 from dwindle.distill.token_sampling import SampledTokens, sample_tokens
 from dwindle.distill.window_codec import Floats, Ints, WindowCodec, WindowTokens
 from dwindle.errors import OutputError, RecipeError
-from dwindle.measure import LogitSlices, logit_slices
+from dwindle.evaluation_mode import evaluating
+from dwindle.measure import LogitSlices
 from dwindle.sharding import Processes
 from dwindle.storage import atomic_file, hash_file, require_space
 from dwindle.token_set import TokenSet
@@ -51,7 +54,7 @@ _BYTES_PER_TOKEN = 64
 
 
 def write_cache(
-    teacher: ModelBundle,
+    teacher: ModelBundle | Teacher,
     tokens: TokenSet,
     options: CacheOptions,
     *,
@@ -69,33 +72,37 @@ def write_cache(
     OutputError for a folder that cannot be written or holds other files.
     """
     tokens.require("train")
+    with evaluating(teacher.model):
+        return _written(Teacher.of(teacher), tokens, options, mapped, part, on_shard)
+
+
+def _written(
+    teacher: Teacher, tokens: TokenSet, options: CacheOptions, mapped: VocabularyMap | None,
+    part: tuple[int, int] | None, on_shard: Callable[[int, int], None] | None,
+) -> LogitCache:  # fmt: skip
+    """Return the cache of a teacher in evaluation mode."""
     folder = Path(options.folder)
     vocabulary = teacher.anatomy.vocab if mapped is None else len(mapped.kept)
     _check(teacher, tokens, options, vocabulary, mapped)
     manifest = CacheManifest(
-        teacher.content_sha256, _name(teacher), tokens.tokenizer_sha256, vocabulary, options.sampling
+        teacher.content_sha256, teacher.name, tokens.tokenizer_sha256, vocabulary, options.sampling
     )
     manifest = _entered(folder, manifest, options)
-    writer = _Writer(folder, manifest, logit_slices(teacher, mapped), teacher.model.device)
+    writer = _Writer(folder, manifest, logit_slices(teacher, mapped), teacher.device)
     ids, hashes = _different(tokens)
     cache = LogitCache(folder, manifest)
     missing = ~cache.holds(hashes)
     require_space(folder, int(missing.sum()) * ids.shape[1] * _BYTES_PER_TOKEN)
     size = max(1, manifest.sampling["shard_tokens"] // ids.shape[1])
-    processes = Processes.current(teacher.model.device)
+    processes = Processes.current(teacher.device)
     first, step = (processes.rank, processes.world) if part is None else part
     starts = list(range(0, len(ids), size))[first::step]
-    training = teacher.model.training
-    teacher.model.eval()
-    try:
-        for done, start in enumerate(starts, 1):
-            rows = np.flatnonzero(missing[start : start + size]) + start
-            if len(rows):
-                writer.write(ids[rows], hashes[rows])
-            if on_shard is not None:
-                on_shard(done, len(starts))
-    finally:
-        teacher.model.train(training)
+    for done, start in enumerate(starts, 1):
+        rows = np.flatnonzero(missing[start : start + size]) + start
+        if len(rows):
+            writer.write(ids[rows], hashes[rows])
+        if on_shard is not None:
+            on_shard(done, len(starts))
     if part is None:
         processes.wait()
     return _finished(folder, tokens, hashes)
@@ -109,7 +116,7 @@ def enter_teacher_files(folder: str | Path, digest: str | None) -> None:
 
 
 def _check(
-    teacher: ModelBundle, tokens: TokenSet, options: CacheOptions, vocabulary: int, mapped: VocabularyMap | None
+    teacher: Teacher, tokens: TokenSet, options: CacheOptions, vocabulary: int, mapped: VocabularyMap | None
 ) -> None:
     wrong = []
     spoken = encoding_sha256(teacher.tokenizer) if mapped is None else mapped.pruned_sha256
@@ -123,11 +130,6 @@ def _check(
         wrong.append(f"windows predict {window:,} tokens, the teacher's context is {teacher.anatomy.context:,}")
     if wrong:
         raise RecipeError(f"distill: cache: {'; '.join(wrong)}.")
-
-
-def _name(teacher: ModelBundle) -> str:
-    origin = teacher.lineage.entries[0] if teacher.lineage.entries else None
-    return str(origin.options.get("model", "")) if origin is not None else ""
 
 
 def _entered(folder: Path, wanted: CacheManifest, options: CacheOptions) -> CacheManifest:

@@ -19,6 +19,7 @@ from dwindle.distill.cache_options import CacheOptions
 from dwindle.distill.cache_shard import window_hashes
 from dwindle.distill.cache_writer import enter_teacher_files, write_cache
 from dwindle.distill.logit_cache import CacheManifest, LogitCache
+from dwindle.distill.teacher_model import Teacher
 from dwindle.distill.teacher_signal import TeacherTargets
 from dwindle.errors import DataError
 from dwindle.model_source import find_folder
@@ -56,7 +57,7 @@ def prepared_cache(
     student: ModelBundle,
     tokens: TokenSet,
     options: CacheOptions,
-    teacher: ModelBundle | None = None,
+    teacher: ModelBundle | Teacher | None = None,
     *,
     mapped: VocabularyMap | None = None,
 ) -> LogitCache:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwindle.distill.head import Head, HeadStates
+from dwindle.distill.head import Head, HeadStates, ModelTail
 from dwindle.distill.loss_mix import LossMix, mean_log_probabilities
 from dwindle.distill.row_losses import RowTargets
 from dwindle.distill.teacher_signal import TeacherTargets
@@ -74,8 +74,27 @@ class _Product:
         return out if self._bias is None else out.add_(self._bias)
 
 
+class _TailProduct:
+    """Logits as a model of another family makes them, a chunk at a time."""
+
+    def __init__(self, hidden: Tensor, tail: ModelTail) -> None:
+        self._hidden, self._tail = hidden.detach(), tail
+
+    def logits(self, rows: slice) -> Tensor:
+        """Return [n, V]."""
+        return self._tail.logits(self._hidden[rows])
+
+
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap).mul_(cap)
+
+
+def _source(source: HeadStates | Tensor, rows: int) -> _Product | _TailProduct | Tensor:
+    """Return what gives a teacher's logits, at most `rows` positions at a time."""
+    if isinstance(source, Tensor):
+        return source
+    head, hidden = source.head, source.hidden
+    return _TailProduct(hidden, head) if isinstance(head, ModelTail) else _Product(hidden, head, rows)
 
 
 class _TargetChunks:
@@ -89,13 +108,14 @@ class _TargetChunks:
         known_top1 = not mix.reads_top1 or targets.top1 is not None
         known = known_top1 and (targets.sparse is not None or not mix.reads_teacher)
         sources = () if known else targets.sources
-        self._products = [_Product(s.hidden, s.head, rows) if isinstance(s, HeadStates) else s for s in sources]
-        self._caps = [s.head.cap if isinstance(s, HeadStates) else None for s in sources]
+        self._products = [_source(source, rows) for source in sources]
+        heads = [source.head if isinstance(source, HeadStates) else None for source in sources]
+        self._caps = [head.cap if isinstance(head, Head) else None for head in heads]
 
     def move_to(self, rows: slice) -> None:
         """Make the chunk's logits."""
         self._rows = rows
-        self._chunk = [p.logits(rows) if isinstance(p, _Product) else p[rows] for p in self._products]
+        self._chunk = [p[rows] if isinstance(p, Tensor) else p.logits(rows) for p in self._products]
 
     def slice(self, part: slice) -> RowTargets:
         """Return the targets of a slice of the chunk."""

@@ -19,9 +19,11 @@ class TeacherSpec:
     """A teacher beside the first one."""
 
     model: str
-    """Folder or Hugging Face id; its tokenizer must be the first one's."""
+    """Folder or Hugging Face id of any causal language model; its tokenizer must be the first one's."""
     share: float
     """Its part in the mean of the teachers' probabilities; the first one has what is left."""
+    offload: bool = False
+    """Its weights stay on the disk and are read layer by layer."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

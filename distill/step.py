@@ -16,6 +16,7 @@ from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy import OnPolicyObjective
 from dwindle.distill.options import DistillOptions, TeacherSpec
 from dwindle.distill.probe import Probe
+from dwindle.distill.teacher_model import Teacher
 from dwindle.distill.teacher_signal import LiveTeacher, SeveralTeachers, TeacherSignal
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Skipped, StepRecord
@@ -36,7 +37,7 @@ def run(
     student: ModelBundle,
     options: DistillOptions,
     *,
-    teacher: ModelBundle | None = None,
+    teacher: ModelBundle | Teacher | None = None,
     train: TokenSet,
     folder: Path | None = None,
     on_step: Callable[[TrainLine], None] | None = None,
@@ -44,11 +45,13 @@ def run(
 ) -> tuple[ModelBundle, StepRecord]:
     """Return the distilled student as a new bundle, and its record (sizes and losses; a `Meter` fills in quality).
 
-    With a `folder` the run logs and checkpoints there and goes on from where it stopped. With `options.cache` targets
-    are read from disk, windows that are missing there are written first, and without any the teacher may be None. With
-    an `evaluation` set the student is measured on it every `options.evaluate_every` steps and after the last (`probe`).
+    The teacher is a bundle, or any causal language model as a `Teacher`. With a `folder` the run logs and checkpoints
+    there and goes on from where it stopped. With `options.cache` targets are read from disk, windows that are missing
+    there are written first, and without any the teacher may be None. With an `evaluation` set the student is measured
+    on it every `options.evaluate_every` steps and after the last (`probe`).
     Raises RecipeError, naming all reasons, when teacher, student and data do not go together.
     """
+    teacher = None if teacher is None else Teacher.of(teacher)
     mapped = _check(student, teacher, train, options)
     with StepClock() as clock:
         before = student.size()
@@ -82,7 +85,7 @@ def run(
 
 
 def _signal(
-    student: ModelBundle, teacher: ModelBundle | None, tokens: TokenSet, options: DistillOptions,
+    student: ModelBundle, teacher: Teacher | None, tokens: TokenSet, options: DistillOptions,
     mapped: VocabularyMap | None, layers: Sequence[int],
 ) -> tuple[TeacherSignal, dict[str, Any]]:  # fmt: skip
     """Return where targets come from, and what tells it from others."""
@@ -95,32 +98,28 @@ def _signal(
     if options.other_teachers:
         others = [_other(spec, student, tokens) for spec in options.other_teachers]
         shares = [spec.share for spec in options.other_teachers]
-        signals = [live, *(LiveTeacher(bundle, mapped=own) for bundle, own in others)]
+        signals = [live, *(LiveTeacher(other, mapped=own) for other, own in others)]
         live = SeveralTeachers(signals, [1 - sum(shares), *shares])
-        told["others"] = [[bundle.content_sha256, share] for (bundle, _), share in zip(others, shares, strict=True)]
+        told["others"] = [[other.content_sha256, share] for (other, _), share in zip(others, shares, strict=True)]
     return live, told
 
 
-def _other(spec: TeacherSpec, student: ModelBundle, tokens: TokenSet) -> tuple[ModelBundle, VocabularyMap | None]:
+def _other(spec: TeacherSpec, student: ModelBundle, tokens: TokenSet) -> tuple[Teacher, VocabularyMap | None]:
     """Return a further teacher and its map; raise RecipeError if it does not speak the student's tokens."""
-    from dwindle.bundle import ModelBundle
-
-    bundle = ModelBundle.load(spec.model, torch_device=student.model.device)
+    teacher = Teacher.load(spec.model, torch_device=student.model.device, offload=spec.offload)
     try:
-        mapped = map_between(bundle, student)
+        mapped = map_between(teacher, student)
     except UnsupportedModel as error:
         raise RecipeError(f"distill: teacher {spec.model}: {error}") from error
-    if mapped is None and encoding_sha256(bundle.tokenizer) != tokens.tokenizer_sha256:
+    if mapped is None and encoding_sha256(teacher.tokenizer) != tokens.tokenizer_sha256:
         raise RecipeError(f"distill: teacher {spec.model}: its tokenizer is another one (ids must mean the same).")
-    if bundle.anatomy.context < (window := tokens.ids.shape[1] - 1):
+    if teacher.anatomy.context < (window := tokens.ids.shape[1] - 1):
         raise RecipeError(f"distill: teacher {spec.model}: windows predict {window:,} tokens, its context is "
-                          f"{bundle.anatomy.context:,}.")  # fmt: skip
-    return bundle, mapped
+                          f"{teacher.anatomy.context:,}.")  # fmt: skip
+    return teacher, mapped
 
 
-def _layer_pairs(
-    student: ModelBundle, teacher: ModelBundle | None, options: DistillOptions
-) -> tuple[tuple[int, int], ...]:
+def _layer_pairs(student: ModelBundle, teacher: Teacher | None, options: DistillOptions) -> tuple[tuple[int, int], ...]:
     """Return the layers that `hidden_states` matches, none if it is not in the mix."""
     matched = [loss for loss in options.losses if loss.name == "hidden_states"]
     if not matched or teacher is None:
@@ -143,7 +142,7 @@ def _train(
 
 
 def _check(
-    student: ModelBundle, teacher: ModelBundle | None, tokens: TokenSet, options: DistillOptions
+    student: ModelBundle, teacher: Teacher | None, tokens: TokenSet, options: DistillOptions
 ) -> VocabularyMap | None:
     """Return the map to the teacher's vocabulary, None where there is one vocabulary.
 
@@ -166,18 +165,23 @@ def _check(
     if len(set(hashes.values())) > 1:
         told = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         wrong.append(f"the tokenizers differ: {told} (token ids must mean the same to all of them)")
-    for name, bundle, side in (("student", student, 0), ("teacher", teacher, 1)):
-        layers = 0 if bundle is None else bundle.anatomy.layers
+    for name, model, side in (("student", student, 0), ("teacher", teacher, 1)):
+        layers = 0 if model is None else model.anatomy.layers
         past = [pair[side] for pair in _layer_pairs(student, teacher, options) if pair[side] > layers]
         if past:
             wrong.append(f"hidden_states matches the {name}'s layers {past}, it has {layers}")
-    if mapped is not None and options.on_policy is not None and options.on_policy.writer == "teacher":
-        wrong.append("on_policy: the teacher writes tokens that the student lacks (let the student write)")
+    if options.on_policy is not None and options.on_policy.writer == "teacher":
+        if mapped is not None:
+            wrong.append("on_policy: the teacher writes tokens that the student lacks (let the student write)")
+        if teacher is not None and teacher.offloaded:
+            wrong.append("on_policy: an offloaded teacher would read all of its weights for every token it writes "
+                         "(let the student write, or load the teacher whole)")  # fmt: skip
     window = tokens.ids.shape[1] - 1
-    for name, bundle in (("student", student), ("teacher", teacher)):
-        if bundle is not None and bundle.anatomy.context < window:
-            wrong.append(f"windows predict {window:,} tokens, the {name}'s context is {bundle.anatomy.context:,} "
-                         f"(set data.context={bundle.anatomy.context})")  # fmt: skip
+    contexts = {"student": student.anatomy.context}
+    if teacher is not None:
+        contexts["teacher"] = teacher.anatomy.context
+    wrong += [f"windows predict {window:,} tokens, the {name}'s context is {context:,} (set data.context={context})"
+              for name, context in contexts.items() if context < window]  # fmt: skip
     if wrong:
         raise RecipeError(f"distill: {'; '.join(wrong)}.")
     return mapped

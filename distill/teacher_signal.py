@@ -6,24 +6,26 @@ hidden states [N, D] and its head: N * V logits are never held (`fused_loss` mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dwindle.distill.head import Head, HeadStates, head_of, inside
+from dwindle.distill.head import Head, HeadStates, ModelTail, inside
 from dwindle.distill.layer_match import LayerOutputs
 from dwindle.distill.sparse_targets import SparseTargets
+from dwindle.distill.teacher_model import Teacher
 from dwindle.errors import RecipeError
+from dwindle.measure import LogitSlices
 from dwindle.sharding import Processes, sharded_reader
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
     from dwindle.vocabulary_map import VocabularyMap
 
-__all__ = ["LiveTeacher", "SeveralTeachers", "TeacherSignal", "TeacherTargets"]
+__all__ = ["LiveTeacher", "SeveralTeachers", "TeacherSignal", "TeacherTargets", "logit_slices"]
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,23 @@ class TeacherSignal(Protocol):
 class LiveTeacher:
     """Runs the teacher on every batch, without gradients; its hidden states stay on its device.
 
-    Under `torchrun` the teacher is sharded over the processes, as the student is.
+    Under `torchrun` the teacher is sharded over the processes, as the student is, unless each is to run it by itself
+    (`alone`) or its weights are on the disk anyway.
 
     With `mapped` batches are in the ids of a pruned vocabulary, and the head is cut to the tokens of it. `layers` names
     the decoder layers (counted from 1) of which hidden states are wanted.
     """
 
     def __init__(
-        self, teacher: ModelBundle, *, mapped: VocabularyMap | None = None, layers: Sequence[int] = ()
-    ) -> None:
-        plain: Any = teacher.model.eval()
-        self._device = plain.device
-        self._model: Any = sharded_reader(plain, Processes.current(plain.device))
+        self, teacher: ModelBundle | Teacher, *, mapped: VocabularyMap | None = None, layers: Sequence[int] = (),
+        alone: bool = False,
+    ) -> None:  # fmt: skip
+        self._teacher = Teacher.of(teacher)
+        self._device, plain = self._teacher.device, self._teacher.model
+        shares = not (alone or self._teacher.offloaded)
+        self._model: Any = sharded_reader(plain, Processes.current(self._device)) if shares else plain
         self._mapped, self._layers = mapped, tuple(layers)
-        self._head: Head | None = None
+        self._head: Head | ModelTail | None = None
 
     @torch.no_grad()
     def targets(self, ids: Tensor) -> TeacherTargets:
@@ -97,10 +102,11 @@ class LiveTeacher:
 
         def forward(read: Tensor) -> Tensor:
             # The mask of ones: nothing is padded, so attention may take its causal fast path (see core.measure).
-            found = self._model.get_decoder()(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False)
+            decoder = self._teacher.decoder(self._model)
+            found = decoder(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False)
             if self._head is None:  # the weights outside the layers are gathered now, and stay so
-                head = head_of(self._model)
-                self._head = head if self._mapped is None else head.rows(self._mapped.rows(head.weight.device))
+                head = self._teacher.head(self._model)
+                self._head = head if self._mapped is None else head.rows(self._mapped.rows(self._device))
             hidden: Tensor = found.last_hidden_state.flatten(0, 1)
             return hidden
 
@@ -108,6 +114,18 @@ class LiveTeacher:
             hidden = inside(self._model, forward, read)
         assert self._head is not None
         return TeacherTargets(states=(HeadStates(hidden, self._head),), layers=outputs.flat())
+
+
+def logit_slices(teacher: Teacher, mapped: VocabularyMap | None = None) -> LogitSlices:
+    """Return what gives a teacher's logits slice by slice, never [B, T, V] at once, in this process alone."""
+    live = LiveTeacher(teacher, mapped=mapped, alone=True)
+
+    def slices(ids: Tensor, n: int) -> Iterator[Tensor]:
+        states = live.targets(ids).states[0]
+        for part in torch.split(states.hidden, n):
+            yield states.head.logits(part).float()
+
+    return slices
 
 
 class SeveralTeachers:

@@ -17,6 +17,7 @@ from dwindle.pipeline.commands.shared import (
     load,
     made_options,
     model_option,
+    notify,
     save,
     seed_option,
     split_settings,
@@ -27,6 +28,11 @@ __all__ = ["distill"]
 
 @click.command()
 @click.option("-t", "--teacher", help="Teacher: folder or Hugging Face id. Not needed if --cache has all of the text.")
+@click.option(
+    "--offload-teacher",
+    is_flag=True,
+    help="Leave the teacher's weights on the disk and read them layer by layer: it may be larger than memory.",
+)
 @model_option
 @data_option("Training text: files, folders or data set ids.", required=False)
 @click.option("-o", "--output", type=click.Path(), help="Folder to write.")
@@ -51,8 +57,8 @@ __all__ = ["distill"]
 @device_option
 @json_option
 def distill(
-    teacher: str | None, model: str, data: tuple[str, ...], output: str | None, text: str | None, only_plan: bool,
-    gpus: int, gpu: str, settings: tuple[str, ...], torch_device: str, as_json: bool, **values: Any,
+    teacher: str | None, offload_teacher: bool, model: str, data: tuple[str, ...], output: str | None, text: str | None,
+    only_plan: bool, gpus: int, gpu: str, settings: tuple[str, ...], torch_device: str, as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Train a student to follow its teacher. Cut off, it goes on from its last checkpoint.
 
@@ -74,11 +80,11 @@ def distill(
         missing.insert(0, "-t TEACHER (or --cache FOLDER with the predictions of one)")
     if missing or output is None:
         raise RecipeError(f"distill: missing {', '.join(missing)}.")
-    _train(teacher, model, data, output, text, options, of_data, torch_device, as_json)
+    _train(teacher, offload_teacher, model, data, output, text, options, of_data, torch_device, as_json)
 
 
-def _train(teacher: str | None, model: str, data: tuple[str, ...], output: str, text: str | None, options: Any,
-           of_data: dict[str, Any], torch_device: str, as_json: bool) -> None:  # fmt: skip
+def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...], output: str, text: str | None,
+           options: Any, of_data: dict[str, Any], torch_device: str, as_json: bool) -> None:  # fmt: skip
     from dwindle import distill as room
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.token_set import require_disjoint
@@ -90,7 +96,10 @@ def _train(teacher: str | None, model: str, data: tuple[str, ...], output: str, 
     if evaluation is not None:
         require_disjoint(train, evaluation)
     needed = options.cache is None or evaluation is not None or room.teacher_is_needed(options.cache, train, teacher)
-    guide = load(teacher, torch_device) if teacher is not None and needed else None
+    guide = None
+    if teacher is not None and needed:
+        notify(f"loading {teacher}" + (" layer by layer, as it runs" if offload else ""))
+        guide = room.Teacher.load(teacher, torch_device=torch_device, offload=offload)
     place = Path(output)
     work = place.with_name(f".{place.name}.work")
     trained, record = room.run(student, options, teacher=guide, train=train, folder=work, evaluation=evaluation)

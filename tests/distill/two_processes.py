@@ -12,10 +12,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from dwindle.distill import DistillObjective, LiveTeacher, LossSpec, OnPolicyOptions
+from dwindle.distill import DistillObjective, LiveTeacher, LossSpec, OnPolicyOptions, Teacher
 from dwindle.distill.layer_match import attach_projections
 from dwindle.distill.on_policy import OnPolicyObjective
 from dwindle.distill.probe import Probe
+from dwindle.distill.teacher_model import TeacherShape
 from dwindle.token_set import TokenSet
 from dwindle.train import TrainOptions, train
 
@@ -28,13 +29,6 @@ LOSSES = (
     LossSpec("taid", 0.5),
     LossSpec("hidden_states", 0.1),
 )
-
-
-class Teacher:
-    """As much of a bundle as a live teacher reads."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
 
 
 def model(family: str, seed: int, width: int, layers: int) -> Any:
@@ -57,12 +51,15 @@ def outcome() -> dict[str, Any]:
     ids = torch.randint(0, VOCAB, (24, 13), generator=torch.Generator().manual_seed(1))
     tokens = TokenSet(ids, "train", "tiny", "0" * 64, 1000, "1" * 64)
     held_out = TokenSet(ids[:1], "evaluation", "tiny", "2" * 64, 1000, "1" * 64)
-    teacher: Any = Teacher(model("gemma2", 1, TEACHER_WIDTH, 3))
+    tokenizer: Any = None  # samples are written to no folder
+    shape = TeacherShape(VOCAB, 32, 3, TEACHER_WIDTH)
+    teacher = Teacher(
+        model("gemma2", 1, TEACHER_WIDTH, 3), tokenizer, shape, torch.device("cpu"), "tiny", lambda: "3" * 64
+    )
     student = model("gemma2", 2, 16, 2)
     attach_projections(student, PAIRS, 16, TEACHER_WIDTH)
     live = LiveTeacher(teacher, layers=[other for _, other in PAIRS])
     objective = DistillObjective(LOSSES, live, PAIRS)
-    tokenizer: Any = None  # samples are written to no folder
     probe = Probe(held_out, live, 12, tokenizer)
     held = dict[str, int]()
 
