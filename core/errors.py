@@ -8,6 +8,7 @@
     |- OutputError          2    a place that cannot be written, or that holds something else
     |- MissingExtra         2    an optional package is not installed (with the pip line)
     |- ExportFailed         2    a converter gave up (with the operator and module it failed on)
+    |- TargetError          2    a device to measure on that cannot be reached, is locked or full, or went away
     `- GateFailed           1    work was done, but a quality, parity or budget gate failed
 
 A message says what was found, what was needed and what to do, with every offender at once:
@@ -28,6 +29,7 @@ __all__ = [
     "MissingExtra",
     "OutputError",
     "RecipeError",
+    "TargetError",
     "UnsupportedModel",
     "did_you_mean",
     "offenders",
@@ -73,6 +75,10 @@ class MissingExtra(DwindleError):
 
 class ExportFailed(DwindleError):
     """A converter of another library gave up; the message names the operator and the module it failed on."""
+
+
+class TargetError(DwindleError):
+    """A device to measure on that cannot be reached, refuses, is locked or full, or went away in between."""
 
 
 class GateFailed(DwindleError):

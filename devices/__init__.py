@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dwindle.devices.bench_options import BenchOptions
 from dwindle.devices.budgets import Budget, parse_budgets
 from dwindle.devices.calibration import Calibration, calibrate
 from dwindle.devices.cost_model import Estimate, LayerTime, estimate
@@ -12,7 +13,9 @@ from dwindle.devices.device_profile import (
     list_profiles,
     load_profile,
 )
-from dwindle.devices.targets import BenchOptions, measure_host
+from dwindle.devices.exported import read_artifact, run_of
+from dwindle.devices.measurement import Measurement, read_measurements, write_measurement
+from dwindle.devices.targets import measure, parse_target
 from dwindle.devices.validation import ValidateOptions, junit, run, validate
 from dwindle.devices.workload import LayerLoad, Workload
 
@@ -24,6 +27,7 @@ __all__ = [
     "Estimate",
     "LayerLoad",
     "LayerTime",
+    "Measurement",
     "ValidateOptions",
     "Workload",
     "add_profile",
@@ -33,8 +37,13 @@ __all__ = [
     "junit",
     "list_profiles",
     "load_profile",
-    "measure_host",
+    "measure",
     "parse_budgets",
+    "parse_target",
+    "read_artifact",
+    "read_measurements",
     "run",
+    "run_of",
     "validate",
+    "write_measurement",
 ]

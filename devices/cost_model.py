@@ -60,7 +60,7 @@ __all__ = [
     "estimate",
 ]
 
-DEFAULT_PROMPT_TOKENS = 128
+DEFAULT_PROMPT_TOKENS = 512
 """Prompt length behind tokens/s and time to first token where nobody states another."""
 
 METRIC_UNITS: Mapping[str, str] = {

@@ -1,137 +1,130 @@
-"""Measurements on real targets. This machine, through plain ONNX Runtime on the exported folder. Torch-free.
+"""Where an artifact can be measured, and one function that does it. Torch-free.
 
-Decode tokens/s at batch 1 after a stated prompt, time to first token, peak resident memory of a fresh process over its
-state before the model was loaded: the definitions of the report. Each is the median of the repeats, its range their
-extremes. The session's first run, which warms caches and packs weights, is one of the repeats on purpose for the time
-to first token's `high`; the median leaves it out.
+    host                      this machine, in a fresh process
+    ssh://user@board[:port]   a board with Python and OpenSSH               (ssh_board.py)
+
+A target is parsed before anything runs. What a user typed goes to other programs as one argument of a list, never
+through a shell of this machine, and names that could be read as flags are refused.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, METRIC_UNITS
-from dwindle.errors import MissingExtra, RecipeError, UnsupportedModel
-from dwindle.report import Metric
-from dwindle.storage import folder_bytes
+from dwindle.devices.bench_options import BenchOptions, Protocol
+from dwindle.devices.exported import Exported, open_exported
+from dwindle.devices.host_process import host_events
+from dwindle.devices.measurement import Event, Gathering, Measurement
+from dwindle.devices.ssh_board import Board, ssh_events
+from dwindle.errors import RecipeError, TargetError, UnsupportedModel, did_you_mean
 
-__all__ = ["BenchOptions", "measure_host"]
+__all__ = ["Target", "measure", "parse_target"]
+
+KINDS = ("host", "ssh")
+_SSH = re.compile(r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
+                  r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]*))"
+                  r"(?::(?P<port>[0-9]{1,5}))?/?")  # fmt: skip
+_SERIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_NAME = re.compile(r"[A-Za-z0-9][^\x00-\x1f]*")
+_HIGHEST_PORT = 65535
+_RUNTIMES: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnxruntime", "genai"),
+    "coreai": ("coreai",),
+    "coreml": ("coreml",),
+}
+"""Format -> what can run it, the usual one first."""
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """How an artifact is measured."""
+class Target:
+    """A place to measure on, as it was named: `kind` is one of KINDS, `name` what that kind needs."""
 
-    prompt_tokens: int = DEFAULT_PROMPT_TOKENS
-    """Tokens before the first generated one; cut to half of the context."""
-    decode_tokens: int = 64
-    """Tokens generated per repeat; cut to what the context leaves."""
-    threads: int | None = None
-    """Threads of the runtime; None leaves it to the runtime (one per core)."""
-    repeats: int = 3
-    """Runs of prompt and decoding; the median counts."""
-    timeout_seconds: float = 1800.0
-    """When to give up on a run that does not end."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "decode_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1.")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"threads={self.threads}: must be at least 1, or left out.")
-        if self.timeout_seconds <= 0:
-            raise RecipeError(f"timeout_seconds={self.timeout_seconds}: must be more than 0.")
+    text: str
+    kind: str
+    name: str = ""
+    board: Board | None = None
 
 
-def measure_host(artifact_folder: Path | str, options: BenchOptions | None = None) -> list[Metric]:
-    """Return the measured metrics of an exported ONNX folder on this machine.
+def parse_target(text: str) -> Target:
+    """Return the target that `--on` names. Raises RecipeError with what such a name looks like.
 
-    Raises UnsupportedModel for a folder that is no such artifact or that ONNX Runtime refuses, MissingExtra without
-    onnxruntime.
+    >>> parse_target("ssh://pi@board.local:2222").board
+    Board(host='board.local', user='pi', port=2222)
+    """
+    kind, _, rest = text.partition(":")
+    if text == "host":
+        return Target(text, "host")
+    if kind not in KINDS or kind == "host":
+        near = did_you_mean(kind, KINDS)
+        raise RecipeError(f"--on {text!r}: no target{near}. Use host or ssh://user@board[:port].")
+    if kind == "ssh":
+        return Target(text, kind, board=_board(text, rest))
+    pattern = _SERIAL if kind == "adb" else _NAME
+    if not pattern.fullmatch(rest):
+        raise RecipeError(f"--on {text!r}: {rest!r} is no name of a device (`adb devices` lists serials, for one).")
+    return Target(text, kind, rest)
+
+
+def _board(text: str, rest: str) -> Board:
+    match = _SSH.fullmatch(rest.removeprefix("//")) if rest.startswith("//") else None
+    port = int(match["port"]) if match and match["port"] else None
+    if match is None or (port is not None and not 1 <= port <= _HIGHEST_PORT):
+        raise RecipeError(f"--on {text!r}: needed ssh://user@board or ssh://user@board:port, the names made of "
+                          "letters, digits, '.', '_' and '-', and not beginning with '-'.")  # fmt: skip
+    return Board(match["v6"] or match["host"], match["user"], port)
+
+
+def measure(
+    folder: Path | str,
+    on: str = "host",
+    options: BenchOptions | None = None,
+    *,
+    profile: str | None = None,
+    heard: Callable[[Event], None] = lambda event: None,
+) -> Measurement:
+    """Return what an exported folder takes on a target; `heard` is told every event as it comes.
+
+    `profile` names the device profile whose estimates the numbers replace (`host` by itself). What came before a
+    target went away is returned, marked; without one whole repeat there is nothing to return and the error is raised.
+    Raises RecipeError for names that cannot be meant, UnsupportedModel for a folder or runtime that cannot be run
+    there, TargetError for a target that cannot be used, MissingExtra where a library is missing here.
     """
     options = options or BenchOptions()
-    folder = Path(artifact_folder)
-    context = _context(folder)
-    if find_spec("onnxruntime") is None:
-        raise MissingExtra("Measuring an ONNX artifact on this machine", "onnx")
-    prompt = min(options.prompt_tokens, max(1, context // 2))
-    decode = min(options.decode_tokens, context - prompt)
-    found = _probe(folder, prompt, decode, options)
-    rates = [1 / seconds for seconds in found["token_seconds"]]
-    return [
-        _median("tokens_per_second", rates),
-        _median("time_to_first_token_seconds", found["first_token_seconds"]),
-        _median("load_seconds", [float(found["load_seconds"])]),
-        _median("peak_memory_bytes", [float(found["peak_memory_bytes"])]),
-        _median("package_bytes", [float(folder_bytes(folder))]),
-    ]
-
-
-def _median(name: str, values: list[float]) -> Metric:
-    spread = (min(values), max(values)) if len(values) > 1 else (None, None)
-    return Metric(name, statistics.median(values), METRIC_UNITS[name], "measured", low=spread[0], high=spread[1])
-
-
-def _context(folder: Path) -> int:
-    """Return the artifact's context length, after checking that the files are there."""
-    missing = [name for name in ("model.onnx", "config.json") if not (folder / name).is_file()]
-    if missing:
-        raise UnsupportedModel(
-            f"{folder}: {', '.join(missing)} not found. Needed: a folder written by `dwindle export --format onnx`."
-        )
-    settings: dict[str, Any] = {}
-    for name in ("config.json", "manifest.json"):
-        if (folder / name).is_file():
-            try:
-                settings |= json.loads((folder / name).read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise UnsupportedModel(
-                    f"{folder / name}: is not a JSON object ({error}). Export the model again."
-                ) from error
-    context = settings.get("context_length") or settings.get("max_position_embeddings")
-    if not isinstance(context, int) or context < 2:
-        raise UnsupportedModel(
-            f"{folder}: neither manifest.json nor config.json gives a context length of 2 or more "
-            f"(found {context!r}). Export the model again."
-        )
-    return context
-
-
-def _probe(folder: Path, prompt: int, decode: int, options: BenchOptions) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "dwindle.devices.host_probe",
-        str(folder.resolve()),
-        "--prompt-tokens",
-        str(prompt),
-        "--decode-tokens",
-        str(decode),
-        "--repeats",
-        str(options.repeats),
-    ]
-    if options.threads is not None:
-        command += ["--threads", str(options.threads)]
+    target, exported = parse_target(on), open_exported(folder)
+    protocol = options.protocol(exported.context_length)
+    gathering = Gathering(target.text, protocol)
+    stopped: str | None = None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout_seconds, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
-        raise UnsupportedModel(
-            f"{folder}: the measurement did not end within {options.timeout_seconds:g} s. "
-            "Lower prompt_tokens, decode_tokens or repeats, or raise timeout_seconds."
-        ) from error
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise UnsupportedModel(f"{folder}: ONNX Runtime ended without an answer ({why[0]}).") from error
-    if "error" in found:
-        raise UnsupportedModel(f"{folder}: ONNX Runtime cannot run it: {found['error']}")
-    return dict(found)
+        for event in _events(target, exported, protocol, _runtime(exported, options, target), options):
+            gathering.add(event)
+            heard(event)
+    except (TargetError, KeyboardInterrupt) as error:
+        if not gathering.repeats:
+            raise
+        stopped = str(error) or "interrupted"
+    own = "host" if target.kind == "host" else None
+    return gathering.result(on=on, profile=profile or own, artifact=exported.identity(), stopped=stopped)
+
+
+def _runtime(exported: Exported, options: BenchOptions, target: Target) -> str:
+    able = _RUNTIMES[exported.format]
+    runtime = options.runtime or able[0]
+    if runtime not in able:
+        raise RecipeError(
+            f"runtime={runtime!r}: {exported.name} is {exported.format}, which {', '.join(able)} can run."
+        )
+    if runtime == "coreml" and target.kind != "apple":
+        raise UnsupportedModel(f"{target.text}: a Core ML package runs on Apple's systems alone. From a Mac: "
+                               "--on apple:mac, or --on apple:NAME for a connected device.")  # fmt: skip
+    return runtime
+
+
+def _events(
+    target: Target, exported: Exported, protocol: Protocol, runtime: str, options: BenchOptions
+) -> Iterator[Event]:
+    if target.board is not None:
+        return ssh_events(target.board, exported, protocol, runtime, options)
+    return host_events(exported, protocol, runtime, options.timeout_seconds)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
+from dwindle.devices.bench_options import BenchOptions
 from dwindle.devices.budgets import Budget, parse_budgets
 from dwindle.devices.cost_model import METRIC_UNITS, Estimate, estimate
 from dwindle.devices.device_profile import DeviceProfile, load_profile
-from dwindle.devices.targets import BenchOptions, measure_host
+from dwindle.devices.targets import measure
 from dwindle.devices.workload import Workload
 from dwindle.errors import RecipeError
 from dwindle.report import Artifact, Metric, Report, Skipped, TargetVerdict
@@ -75,7 +76,7 @@ class ValidateOptions:
 
     def bench(self) -> BenchOptions:
         """Return how the host measures."""
-        return BenchOptions(self.prompt_tokens, self.decode_tokens, self.threads, self.repeats)
+        return BenchOptions(self.prompt_tokens, self.decode_tokens, repeats=self.repeats, threads=self.threads)
 
 
 def run(
@@ -108,7 +109,7 @@ def _judge(
     if profile.name == _NAME_OF_HOST:
         if artifact.format != "onnx":
             return None, [Skipped(what, f"this machine has no runtime for {artifact.format} that dwindle can time")]
-        found = Estimate({m.name: m for m in measure_host(place, options.bench())}, "onnx", "cpu")
+        found = Estimate(measure(place, options=options.bench()).metrics(), "onnx", "cpu")
     else:
         workload = Workload.from_artifact(artifact)
         longest = workload.context_length or None
@@ -137,7 +138,7 @@ def _at_own_prompts(
             continue
         if profile.name == _NAME_OF_HOST:
             bench = replace(options.bench(), prompt_tokens=tokens)
-            there = {m.name: m for m in measure_host(place, bench)}
+            there = measure(place, options=bench).metrics()
         else:
             workload = Workload.from_artifact(artifact)
             there = dict(estimate(profile, workload, tokens, runtime=found.runtime).metrics)

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from dwindle.errors import RecipeError
-from dwindle.pipeline.commands.shared import emit, json_option, made_options, notify
+from dwindle.pipeline.commands.shared import emit, json_option, made_options, notify, split_settings
 
 __all__ = ["bench", "devices", "doctor", "validate"]
 
@@ -88,27 +87,68 @@ def add_device(path: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("artefact", type=click.Path())
-@click.option("--on", "target", default="host", show_default=True, help="Where to run it: host.")
-@click.option("--prompt-tokens", help="Tokens before the first generated one.")
-@click.option("--decode-tokens", help="Tokens generated per repeat.")
-@click.option("--repeats", help="Runs; the median counts.")
+@click.option(
+    "--on", "target", default="host", show_default=True, metavar="TARGET", help="host, ssh://user@board[:port]."
+)
+@click.option("--profile", help="Device profile that TARGET is: its estimates are replaced by this measurement.")
+@click.option("--runtime", help="onnxruntime, genai, coreai or coreml.  [default: by the artefact's format]")
+@click.option("--prompt-tokens", help="Tokens before the first generated one.  [default: 512]")
+@click.option("--decode-tokens", help="Tokens generated per repeat.  [default: 128]")
+@click.option("--repeats", help="Runs after one to warm up; the median counts.  [default: 5]")
 @click.option("--threads", help="Threads of the runtime.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other option: context, warm_up, timeout_seconds; repeat.",
+)
+@click.option("--identity", help="ssh: private key to log in with.")
+@click.option("--known-hosts", help="ssh: file of known host keys.")
+@click.option("--python", help="ssh: Python on the target that has the runtime.  [default: python3]")
 @json_option
-def bench(artefact: str, target: str, as_json: bool, **values: str | None) -> None:
-    """Measure an exported ONNX folder in a fresh process: tokens/s, time to first token, peak memory."""
-    from dwindle.devices import BenchOptions, measure_host
+def bench(artefact: str, target: str, profile: str | None, settings: tuple[str, ...], as_json: bool,
+          **values: str | None) -> int:  # fmt: skip
+    """Measure an exported folder on TARGET: tokens/s, time to first token, load time, peak memory.
 
-    if target != "host":
-        raise RecipeError(f"--on {target}: only 'host' can be measured in this version.")
-    options = made_options(BenchOptions, values, "bench")
-    notify(f"measuring {artefact} on this host")
-    metrics = measure_host(Path(artefact), options)
-    lines = [
-        f"{m.name:30} {m.value:,.4g} {m.unit} ({m.basis})" if m.value is not None else f"{m.name:30} unknown"
-        for m in metrics
-    ]
-    emit({"artefact": artefact, "on": target, "options": dataclasses.asdict(options),
-          "metrics": [dataclasses.asdict(m) for m in metrics]}, "\n".join(lines), as_json)  # fmt: skip
+    An artefact inside a run folder leaves its measurement there, and `dwindle validate` uses it. What came before a
+    target went away is kept and marked; the exit code is then 2.
+    """
+    from dwindle import devices as room
+
+    own, _ = split_settings(settings, values)
+    options = made_options(room.BenchOptions, {**own, **values}, "bench")
+    if profile is not None and profile != "host":
+        room.load_profile(profile)
+    notify(f"measuring {artefact} on {target}")
+    found = room.measure(Path(artefact), target, options, profile=profile, heard=_tell)
+    run = room.run_of(artefact)
+    place = room.write_measurement(found, run) if run is not None else None
+    lines = [f"{m.name:30} {_number(m)} {m.unit} ({m.basis}{_spread(m)})" for m in found.metrics().values()]
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"Written: {place}"] if place else []
+    emit({**found.to_json(), "written": str(place) if place else None}, "\n".join(lines), as_json)
+    if not found.complete:
+        click.echo(f"INCOMPLETE: {len(found.repeats)} of {found.protocol.repeats} repeats: {found.stopped}", err=True)
+    return 0 if found.complete else 2
+
+
+def _tell(event: Any) -> None:
+    """Say how far a measurement is."""
+    if event["event"] == "repeat":
+        seconds = event["token_seconds"]
+        notify(f"repeat {event['index'] + 1}: {len(seconds) / sum(seconds):.4g} tokens/s after "
+               f"{event['first_token_seconds']:.3g} s")  # fmt: skip
+    elif event["event"] == "note":
+        notify(event["note"])
+
+
+def _number(metric: Any) -> str:
+    return "unknown" if metric.value is None else f"{metric.value:,.4g}"
+
+
+def _spread(metric: Any) -> str:
+    return "" if metric.low is None else f", {metric.low:,.4g} to {metric.high:,.4g}"
 
 
 @click.command()

@@ -136,7 +136,8 @@ def test_junit_counts_cases() -> None:
 
 def test_a_budget_at_a_prompt_of_its_own(artifact: Artifact) -> None:
     budgets = ("ttft <= 300ms @ 512", "ttft <= 300ms", "ttft <= 1s @ 4096")
-    (verdict,), skipped = run(ValidateOptions(("pixel-9",), budgets), [(artifact, Path())])
+    options = ValidateOptions(("pixel-9",), budgets, prompt_tokens=128)
+    (verdict,), skipped = run(options, [(artifact, Path())])
     usual, long, beyond = (metric(verdict, f"time_to_first_token_seconds{end}") for end in ("", " @ 512", " @ 4096"))
     assert (long.value or 0) > (usual.value or 0)
     assert (long.budget, long.passed, long.unit) == ("<= 300 ms @ 512", True, "seconds")
@@ -147,14 +148,19 @@ def test_a_budget_at_a_prompt_of_its_own(artifact: Artifact) -> None:
 def test_a_prompt_of_its_own_is_measured_on_the_host(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measure(place: Path, options: Any) -> list[Metric]:
-        asked.append(options.prompt_tokens)
-        return [Metric("time_to_first_token_seconds", options.prompt_tokens / 1000, "seconds", "measured")]
+    class Found:
+        def __init__(self, place: Path, options: Any) -> None:
+            asked.append(options.prompt_tokens)
+            self.seconds = options.prompt_tokens / 1000
 
-    monkeypatch.setattr(validation, "measure_host", measure)
+        def metrics(self) -> dict[str, Metric]:
+            name = "time_to_first_token_seconds"
+            return {name: Metric(name, self.seconds, "seconds", "measured")}
+
+    monkeypatch.setattr(validation, "measure", Found)
     budgets = ("ttft <= 100ms @ 200", "ttft <= 1s @ 400")
     (verdict,), skipped = run(ValidateOptions(("host",), budgets, require="measured"), [(artifact, Path())])
-    assert asked == [128, 200]
+    assert asked == [512, 200]
     assert metric(verdict, "time_to_first_token_seconds @ 200").passed is False
     assert metric(verdict, "time_to_first_token_seconds @ 400").value is None
     assert "half of them as a prompt" in skipped[0].why

@@ -94,7 +94,8 @@ def test_the_plan_for_a_real_model_holds_once_it_is_made(
     teacher = assets / "models" / "pycode-6m"
     text = tmp_path / "code.txt"
     text.write_text("\n\n".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(3000)))
-    words = ["-m", teacher, *PHONE, "--tokens-per-second", 200, "--memory", "18MB", "--set", "context=256"]
+    words = ["-m", teacher, *PHONE, "--tokens-per-second", 200, "--memory", "18MB", "--set", "context=256",
+             "--set", "prompt_tokens=128"]  # fmt: skip
     code, _, err = invoke(capsys, *words, "-o", tmp_path / "plan.json")
     assert code == 0, err
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -170,7 +171,8 @@ def test_without_a_place_the_recipe_is_printed(capsys: pytest.CaptureFixture[str
 
 
 def test_a_cut_vocabulary_is_part_of_the_plan(capsys: pytest.CaptureFixture[str], assets: Path, tmp_path: Path) -> None:
-    words = ["-m", assets / "models" / "pycode-6m", *PHONE, "--memory", "18MB", "--vocabulary", 2000, "--json"]
+    words = ["-m", assets / "models" / "pycode-6m", *PHONE, "--memory", "18MB", "--vocabulary", 2000, "--json",
+             "--set", "prompt_tokens=128"]  # fmt: skip
     code, out, err = invoke(capsys, *words)
     assert code == 0, err
     best = json.loads(out)["chosen"]
