@@ -79,4 +79,5 @@ def joined(centre: Vectors, cluster: NDArray[np.int64], distance: Vectors) -> ND
             near = _OVERLAP * min(spread[one], spread[other])
             if group[one] != group[other] and 1 - float(centre[one] @ centre[other]) < near:
                 group[group == group[one]] = group[other]
-    return np.unique(group[cluster], return_inverse=True)[1].astype(np.int64)
+    renumbered: NDArray[np.int64] = np.unique(group[cluster], return_inverse=True)[1].astype(np.int64)
+    return renumbered

@@ -90,7 +90,8 @@ def _projected(terms: dict[int, float], rarity: Vectors) -> Vectors:
 
 def _unit(vectors: Vectors) -> Vectors:
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    unit: Vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return unit
 
 
 def _model(name: str, torch_device: str) -> tuple[Any, Any]:
