@@ -5,14 +5,15 @@ bits.json (schema 1):
     {"schema": 1, "scheme": "palettize", "grade": "fisher",
      "target": {"bits_per_weight": 3.5, "bytes": null}, "model_sha256": "...",
      "linear_bits_per_weight": 3.498, "model_bits_per_weight": 4.1, "model_bytes": 118784,
-     "predicted_kl": 0.0258, "measured_kl": 0.0277, "notes": [...],
+     "predicted_kl": 0.0258, "measured_kl": 0.0277, "joint_curve": [[0.0021, 0.0024], [0.19, 0.33]], "notes": [...],
      "layers": [{"name": "model.layers.0.self_attn.q_proj", "bits": 4, "group_size": 16, "symmetric": true,
                  "row_scales": false, "shape": [64, 64], "stored_bits": 17408, "predicted_kl": 0.0011,
                  "alternatives": [{"bits": 2, "group_size": 16, "stored_bits": 8448, "predicted_kl": 0.0213}, ...]}]}
 
 `bits`, `group_size`, `symmetric` and `row_scales` decide; they may be edited. Sizes follow from them and are counted
 anew when a file is read; the predicted KL of an edited layer is looked up among its alternatives, and of the whole it
-is no longer known, nor is the measured one. Reading collects every mistake of the file into one error.
+is no longer known, nor is the measured one; `expected_kl` then adds the layers' up and follows `joint_curve`, which
+plans of equal bits everywhere were measured for. Reading collects every mistake of the file into one error.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 from dwindle.errors import RecipeError, did_you_mean, offenders
 from dwindle.quantize.allocation import Choice
+from dwindle.quantize.joint_kl import JointCurve
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan
 from dwindle.quantize.options import INTEGER_BITS, PALETTE_BITS, Scheme
 from dwindle.quantize.plan_table import plan_table
@@ -91,6 +93,15 @@ class BitPlan:
     model_sha256: str | None = None
     """Content hash of the model that the plan was made for."""
     notes: tuple[str, ...] = ()
+    joint_curve: tuple[tuple[float, float], ...] = ()
+    """Measured points (sum of the linears' own KL, joint KL), ascending; see `joint_kl.JointCurve`."""
+
+    @property
+    def expected_kl(self) -> float | None:
+        """Return nats/token of all linears together from the costs of each; None where one has no known cost."""
+        costs = [layer.predicted_kl for layer in self.layers]
+        known = [cost for cost in costs if cost is not None]
+        return JointCurve(self.joint_curve).joint(sum(known)) if known and len(known) == len(costs) else None
 
     @property
     def linear_bits(self) -> int:
@@ -155,7 +166,8 @@ class BitPlan:
             "target": {"bits_per_weight": self.target_bits_per_weight, "bytes": self.target_bytes},
             "model_sha256": self.model_sha256, "linear_bits_per_weight": self.linear_bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight, "model_bytes": self.model_bytes,
-            "predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl, "notes": list(self.notes),
+            "predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl,
+            "joint_curve": [list(anchor) for anchor in self.joint_curve], "notes": list(self.notes),
             "rest": {"stored_bits": self.rest[0], "weights": self.rest[1]},
             "layers": [layer.to_json() for layer in self.layers],
         }  # fmt: skip
@@ -199,6 +211,7 @@ class BitPlan:
             (int(rest.get("stored_bits", 0)), int(rest.get("weights", 0))),
             None if edited else data.get("predicted_kl"), None if edited else data.get("measured_kl"),
             data.get("model_sha256"), tuple(data.get("notes", ())),
+            tuple((float(total), float(joint)) for total, joint in data.get("joint_curve", ())),
         )  # fmt: skip
 
 
@@ -243,7 +256,14 @@ def _wrong_whole(data: Any, planned: Mapping[str, LayerFormat]) -> list[str]:
         wrong.append(f"scheme is {data.get('scheme')!r} (needed: {scheme!r}, what the options say)")
     if not isinstance(data.get("layers"), list):
         wrong.append("layers is not a list")
+    curve = data.get("joint_curve", [])
+    if not isinstance(curve, list) or not all(_is_anchor(point) for point in curve):
+        wrong.append("joint_curve is not a list of [sum, joint] pairs of positive numbers")
     return wrong
+
+
+def _is_anchor(point: Any) -> bool:
+    return isinstance(point, list) and len(point) == 2 and all(isinstance(x, int | float) and x > 0 for x in point)
 
 
 def _wrong_names(rows: list[Any], planned: Mapping[str, LayerFormat]) -> list[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dwindle.quantize.allocation import Choice, allocate
 from dwindle.quantize.joint_kl import JointCurve, JointKL
@@ -40,6 +40,8 @@ class FoundPlan:
     formats: Mapping[str, LayerFormat]
     predicted_kl: float
     measured_kl: float
+    curve: JointCurve = JointCurve()
+    """What a plan's summed costs come to together."""
 
     def weights(self, candidates: Candidates) -> dict[str, QuantizedWeight]:
         """Return the codes of the plan."""
@@ -100,7 +102,7 @@ def search_plan(
         if found.measured_kl >= best.measured_kl:
             break
         best = found
-    return best
+    return replace(best, curve=curve)
 
 
 def _measured(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dwindle.devices.device_profile import DeviceProfile
     from dwindle.quantize.options import QuantizeOptions
 
-__all__ = ["CONTEXT_TOKENS", "DeviceTarget", "device_target"]
+__all__ = ["CONTEXT_TOKENS", "DeviceTarget", "device_target", "format_name"]
 
 CONTEXT_TOKENS = 4096
 """Tokens that the KV cache is sized for where nobody states a number; fewer if the model takes fewer."""
@@ -82,7 +82,7 @@ def device_target(
     lines = _explanation(profile, anatomy, name, tokens, middle)
     lines.append(f"between {_megabytes(low)} and {_megabytes(high)} over the range of these estimates; "
                  f"bits {', '.join(map(str, common))}")  # fmt: skip
-    formats = tuple(_format_name(profile, runtime) for runtime in chosen)
+    formats = tuple(format_name(profile, runtime) for runtime in chosen)
     return DeviceTarget(middle, formats, common, tuple(lines))
 
 
@@ -91,7 +91,7 @@ def _allowed_bits(profile: DeviceProfile, options: QuantizeOptions) -> dict[str,
     from dataclasses import replace
 
     found, refused = {}, []
-    present = {_format_name(profile, runtime): runtime for runtime in profile.runtimes}
+    present = {format_name(profile, runtime): runtime for runtime in profile.runtimes}
     wanted = options.runtimes or tuple(present)
     for name in wanted:
         if name not in present:
@@ -118,7 +118,8 @@ def _allowed_bits(profile: DeviceProfile, options: QuantizeOptions) -> dict[str,
     return found
 
 
-def _format_name(profile: DeviceProfile, runtime: str) -> str:
+def format_name(profile: DeviceProfile, runtime: str) -> str:
+    """Return the name in `formats.RUNTIMES` of a profile's runtime: one engine may take other formats than another."""
     return _FORMAT_NAMES.get((runtime, profile.runtimes[runtime].unit), runtime)
 
 

@@ -29,7 +29,16 @@ from dataclasses import dataclass, field
 from dwindle.errors import RecipeError, did_you_mean
 from dwindle.quantize.options import INTEGER_BITS, PALETTE_BITS, QuantizeOptions
 
-__all__ = ["RUNTIMES", "RuntimeFormats", "carried_bits", "check", "check_runtimes", "runtime_notes"]
+__all__ = [
+    "RUNTIMES",
+    "RuntimeFormats",
+    "carried_bits",
+    "check",
+    "check_runtimes",
+    "embedding_problems",
+    "linear_problems",
+    "runtime_notes",
+]
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,24 @@ def check(options: QuantizeOptions, runtime: str) -> None:
 8). Set scheme=integer with bits=2, 4 or 8 and group_size=32, and embedding_scheme=integer.
     """
     formats = _known(runtime)
-    problems = _palette_problems if options.scheme == "palettize" else _integer_problems
-    wrong = [*problems(options, formats), *_embedding_problems(options, formats)]
+    wrong = [*linear_problems(options, runtime), *embedding_problems(options, runtime)]
     if wrong:
         raise RecipeError(f"quantize: {formats.name} cannot carry {'; '.join(wrong)}. Set {formats.instead}.")
+
+
+def linear_problems(options: QuantizeOptions, runtime: str) -> list[str]:
+    """Return what `runtime` cannot carry of the linears that `options` will make; embedding and head apart.
+
+    >>> linear_problems(QuantizeOptions(bits=3), "coreai")
+    ['palettes of 3 bits (it takes 2, 4, 6, 8)']
+    """
+    problems = _palette_problems if options.scheme == "palettize" else _integer_problems
+    return problems(options, _known(runtime))
+
+
+def embedding_problems(options: QuantizeOptions, runtime: str) -> list[str]:
+    """Return what `runtime` cannot carry of the embedding and the head."""
+    return _embedding_problems(options, _known(runtime))
 
 
 def check_runtimes(options: QuantizeOptions) -> None:

@@ -135,7 +135,10 @@ class _Planning:
         probe, judge = JointKL(self.model.blocks, probes), JointKL(self.model.blocks, judges)
         costs = kl_sensitivities(probe, candidates)
         found = search_plan(costs, candidates, self.shapes, self.target.budget_bits, probe, judge)
-        return self._made(found.formats, costs, predicted_kl=found.predicted_kl, measured_kl=found.measured_kl)
+        return self._made(
+            found.formats, costs, predicted_kl=found.predicted_kl, measured_kl=found.measured_kl,
+            joint_curve=found.curve.anchors,
+        )  # fmt: skip
 
     def _by_second_order(self, ids: Tensor) -> BitPlan:
         choices = self._choices()

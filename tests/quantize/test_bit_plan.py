@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,26 @@ def test_round_trip(known: Known, tmp_path: Path) -> None:
     back = BitPlan.read(tmp_path / "bits.json", known.layers, known.shapes, known.linears)
     assert back.to_json() == known.plan.to_json()
     assert back.layer_plan(known.layers) == known.plan.layer_plan(known.layers)
+
+
+def test_the_expected_kl_follows_an_edit_along_the_curve(tiny_bundle: Callable[..., Any]) -> None:
+    known = Known(tiny_bundle(), joint_curve=((0.01, 0.02), (10.0, 40.0)))
+    data = known.plan.to_json()
+    changed = row(data, UP)
+    changed["bits"] = 2
+    edited = known.read(data)
+    before, after = known.plan.expected_kl, edited.expected_kl
+    assert before is not None
+    assert after is not None
+    assert after > before
+    total = sum(layer.predicted_kl or 0.0 for layer in edited.layers)
+    assert after == pytest.approx(0.02 * (total / 0.01) ** (math.log(2000) / math.log(1000)))
+    changed["bits"] = 6  # nobody measured it
+    assert known.read(data).expected_kl is None
+    assert edited.predicted_kl is None
+    data["joint_curve"] = [[1, "two"]]
+    with pytest.raises(RecipeError, match="joint_curve is not a list"):
+        known.read(data)
 
 
 def test_costs_that_are_no_nats_are_not_written_as_kl(known: Known) -> None:
