@@ -1,25 +1,24 @@
-"""Charts as inline SVG, drawn here: no script, no request, colours from the page's style sheet.
+"""The charts of a run, as drawings: quality against size, a token's time in parts, memory over context.
 
-Each function returns safe markup: every text that came from outside is escaped. Sizes are in user units of the
-`viewBox`; the page scales the drawing to its column.
+Each function takes a width in pixels and returns a `Drawing` of that width, so that a page can hold a wide one and a
+narrow one of the same numbers, with letters that stay readable.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from dwindle.pipeline.drawing import SERIES, Area, Box, Dot, Drawing, Line, Text
+from dwindle.pipeline.figures import count, number, seconds, size
 
-from dwindle.pipeline.figures import number, size
+__all__ = ["Curve", "Limit", "Point", "Split", "front_of", "memory_over_context", "nice_ticks", "quality_against_size",
+           "time_split"]  # fmt: skip
 
 _Place = tuple[float, float]
-
-__all__ = ["Point", "nice_ticks", "quality_against_size"]
-
-_WIDTH, _HEIGHT = 760, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 20, 52
+_RIGHT, _TOP, _BOTTOM = 24, 20, 52
 _LABEL_HEIGHT = 17
 _LETTER_WIDTH = 6.6
 
@@ -35,63 +34,227 @@ class Point:
     made_from: int | None = None
 
 
-def quality_against_size(points: Sequence[Point]) -> Markup:
-    """Return the chart: bytes (log) to the right, nats/token upwards, an arrow from each model to what it became."""
+@dataclass(frozen=True)
+class _Frame:
+    """Where the axes stand."""
+
+    width: float
+    height: float
+    left: float = 64
+
+    @property
+    def right(self) -> float:
+        return self.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - _BOTTOM
+
+
+def quality_against_size(points: Sequence[Point], width: float = 760) -> Drawing:
+    """Return the chart: bytes (log) to the right, nats/token upwards, an arrow from each model to what it became.
+
+    Models that no other beats in both are ringed and joined: the Pareto front.
+    """
+    frame = _Frame(width, min(400.0, max(320.0, width * 0.52)))
+    drawing = Drawing(frame.width, frame.height, "Quality against size: nats per token over stored bytes")
     if not points:
-        return Markup("")
-    sizes = [p.bytes for p in points]
-    losses = [p.nats_per_token for p in points]
+        return drawing
+    sizes, losses = [p.bytes for p in points], [p.nats_per_token for p in points]
     low, high = math.log10(min(sizes)), math.log10(max(sizes))
     margin = max(0.12 * (high - low), 0.08)
     low, high = low - margin, high + margin
     bottom, top = _padded(min(losses), max(losses))
 
     def across(value: float) -> float:
-        return _LEFT + (math.log10(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+        return frame.left + (math.log10(value) - low) / (high - low) * (frame.right - frame.left)
 
     def up(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
+        return frame.bottom - (value - bottom) / (top - bottom) * (frame.bottom - _TOP)
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="quality-size-title">'
-        '<title id="quality-size-title">Quality against size: nats per token over stored bytes</title>'
-        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0 L8 4 L0 8 z" class="arrowhead"/></marker></defs>'
-    ]
-    for value in nice_ticks(bottom, top):
-        y = up(value)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
-        )
-    for value in _size_ticks(10**low, 10**high):
-        x = across(value)
-        parts.append(
-            f'<line class="grid" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" x1="{x:.1f}" x2="{x:.1f}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{size(value)}</text>'
-        )
-    parts.append(
-        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        "stored bytes, smaller to the left (log scale)</text>"
-        f'<text class="axis" x="16" y="{(_TOP + _HEIGHT - _BOTTOM) / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {(_TOP + _HEIGHT - _BOTTOM) / 2})">nats/token, lower is better</text>'
-    )
+    _grid(drawing, frame, [(up(v), number(v)) for v in nice_ticks(bottom, top)],
+          _spaced([(across(v), size(v)) for v in _round_ticks(10**low, 10**high)], 52))  # fmt: skip
+    _axes(drawing, frame, "stored bytes, smaller to the left (log)", "nats/token, lower is better")
     places = [(across(p.bytes), up(p.nats_per_token)) for p in points]
-    for point, place in zip(points, places, strict=True):
-        if point.made_from is not None:
-            parts.append(_arrow(places[point.made_from], place))
+    front = front_of(points)
+    if len(front) > 1:
+        steps: list[_Place] = []
+        for index in front:
+            if steps:
+                steps.append((places[index][0], steps[-1][1]))
+            steps.append(places[index])
+        drawing.add(Line(steps, "front", title="Pareto front: no model of this run is both smaller and better"))
     lines = [(places[p.made_from], q) for p, q in zip(points, places, strict=True) if p.made_from is not None]
-    labels = _label_places(points, places, lines)
-    for point, (x, y), (label_x, label_y, anchor) in zip(points, places, labels, strict=True):
+    drawing.add(*(arrow for start, end in lines if (arrow := _arrow(start, end))))
+    labels = _label_places(points, places, lines, frame)
+    for index, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
         told = f"{point.label}: {size(point.bytes)}, {number(point.nats_per_token)} nats/token"
-        parts.append(
-            f'<circle class="point s{point.series % 4}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">'
-            f"<title>{escape(told)}</title></circle>"
-            f'<text class="label" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">'
-            f"{escape(point.label)}</text>"
+        if index in front:
+            drawing.add(Dot(x, y, 9, "ring", told))
+        drawing.add(Dot(x, y, 5.5, f"s{point.series % SERIES}", told))
+    for point, (x, y, anchor) in zip(points, labels, strict=True):
+        drawing.add(Text(x, y, point.label, "label", anchor))
+    return drawing
+
+
+def front_of(points: Sequence[Point]) -> list[int]:
+    """Return the indices of the models that no other beats in bytes and nats/token, the largest first.
+
+    >>> front_of([Point("a", 100, 1.0), Point("b", 50, 1.2), Point("c", 60, 1.3)])
+    [0, 1]
+    """
+    best, front = math.inf, []
+    for index in sorted(range(len(points)), key=lambda i: (points[i].bytes, points[i].nats_per_token)):
+        if points[index].nats_per_token < best:
+            best = points[index].nats_per_token
+            front.append(index)
+    return front[::-1]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A token's seconds on one device: reading weights, what unpacking them adds, the cache, the overhead."""
+
+    label: str
+    weights: float
+    unpacking: float
+    cache: float
+    overhead: float
+
+    @property
+    def parts(self) -> tuple[tuple[str, float, str], ...]:
+        """Return (what, seconds, kind) in the order drawn."""
+        return (
+            ("weights read", self.weights, "s1"),
+            ("unpacking", self.unpacking, "s3"),
+            ("KV cache", self.cache, "s4"),
+            ("overhead", self.overhead, "s0"),
         )
-    parts.append("</svg>")
-    return Markup("".join(parts))  # noqa: S704  (texts from outside are escaped above)
+
+    @property
+    def total(self) -> float:
+        """Return seconds per token."""
+        return self.weights + self.unpacking + self.cache + self.overhead
+
+
+def time_split(splits: Sequence[Split], width: float = 760) -> Drawing:
+    """Return bars of a decoded token's time, one per device, the longest across the sheet."""
+    row, left, top = 50, 4.0, 30
+    drawing = Drawing(width, top + row * len(splits) + 4, "Where a decoded token's time goes")
+    if not splits:
+        return drawing
+    x = left
+    for name, _, kind in splits[0].parts:
+        drawing.add(Box(x, 6, 11, 11, kind), Text(x + 16, 16, name, "note"))
+        x += 30 + 6.3 * len(name)
+    longest = max(split.total for split in splits)
+    for index, split in enumerate(splits):
+        y, x = top + index * row, left
+        drawing.add(Text(left, y + 14, split.label, "label"))
+        rate = f"{number(1 / split.total, 3)} tokens/s" if split.total else ""
+        drawing.add(Text(width - 6, y + 14, f"{seconds(split.total)}  \N{MIDDLE DOT}  {rate}", "note", "end"))
+        for name, value, kind in split.parts:
+            wide = value / longest * (width - left - 6)
+            if wide > 0:
+                share = value / split.total
+                drawing.add(Box(x, y + 21, max(wide - 1, 0.5), 15, kind, f"{name}: {seconds(value)} ({share:.0%})"))
+            x += wide
+    return drawing
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Bytes of one model at context lengths: (tokens, low, value, high)."""
+
+    label: str
+    points: Sequence[tuple[int, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one app may use on a device."""
+
+    label: str
+    bytes: float
+
+
+def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width: float = 760) -> Drawing:
+    """Return peak memory over context length, both log, with the range of each and a line at each device's limit."""
+    frame = _Frame(width, min(420.0, max(330.0, width * 0.54)))
+    drawing = Drawing(frame.width, frame.height, "Peak memory over context length, against what an app may use")
+    lengths = [p[0] for curve in curves for p in curve.points]
+    if not lengths:
+        return drawing
+    values = [v for curve in curves for p in curve.points for v in p[1:]] + [limit.bytes for limit in limits]
+    low, high = math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.16
+    start, end = math.log10(min(lengths)), math.log10(max(lengths))
+    end = end if end > start else start + 1
+
+    def across(tokens: float) -> float:
+        return frame.left + (math.log10(tokens) - start) / (end - start) * (frame.right - frame.left)
+
+    def up(value: float) -> float:
+        return frame.bottom - (math.log10(value) - low) / (high - low) * (frame.bottom - _TOP)
+
+    tokens = sorted(set(lengths))
+    _grid(drawing, frame, _spaced([(up(v), size(v)) for v in _round_ticks(10**low, 10**high)][::-1], 18),
+          _spaced([(across(t), count(t)) for t in tokens], 44))  # fmt: skip
+    _axes(drawing, frame, "tokens of context (log)", "peak memory (log)")
+    taken: list[float] = []
+    for limit in sorted(limits, key=lambda one: -one.bytes):
+        y = up(limit.bytes)
+        drawing.add(Line([(frame.left, y), (frame.right, y)], "limit", title=f"{limit.label}: {size(limit.bytes)}"))
+        place = y - 5
+        while any(abs(place - other) < 14 for other in taken):
+            place += 14
+        taken.append(place)
+        drawing.add(Text(frame.right - 2, place, f"{limit.label}  {size(limit.bytes)}", "miss", "end"))
+    for index, curve in enumerate(curves):
+        series = f"s{(index + 1) % SERIES}"
+        upper = [(across(t), up(h)) for t, _, _, h in curve.points]
+        lower = [(across(t), up(lo)) for t, lo, _, _ in curve.points]
+        drawing.add(Area([*upper, *reversed(lower)], f"band {series}"))
+    for index, curve in enumerate(curves):
+        series = f"s{(index + 1) % SERIES}"
+        line = [(across(t), up(v)) for t, _, v, _ in curve.points]
+        drawing.add(Line(line, f"curve {series}", title=curve.label))
+        for (x, y), (t, lo, value, hi) in zip(line, curve.points, strict=True):
+            told = f"{curve.label} at {t:,} tokens: {size(value)}, {size(lo)} to {size(hi)}"
+            drawing.add(Dot(x, y, 3, series, told))
+        x, y = line[0]
+        place = y - 8
+        while any(abs(place - other) < 14 for other in taken):
+            place += 14
+        taken.append(place)
+        drawing.add(Text(x + 8, place, curve.label, "label"))
+    return drawing
+
+
+def _grid(
+    drawing: Drawing, frame: _Frame, rows: Sequence[tuple[float, str]], columns: Sequence[tuple[float, str]]
+) -> None:
+    for y, text in rows:
+        drawing.add(Line([(frame.left, y), (frame.right, y)], "grid"), Text(frame.left - 8, y + 4, text, "tick", "end"))
+    for x, text in columns:
+        drawing.add(
+            Line([(x, _TOP), (x, frame.bottom)], "grid"), Text(x, frame.bottom + 18, text, "tick", "middle")
+        )
+
+
+def _axes(drawing: Drawing, frame: _Frame, across: str, up: str) -> None:
+    drawing.add(
+        Text((frame.left + frame.right) / 2, frame.height - 10, across, "axis", "middle"),
+        Text(15, (_TOP + frame.bottom) / 2, up, "axis", "middle", turned=True),
+    )
+
+
+def _spaced(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """Return the ticks without those that stand too near to the one before."""
+    kept: list[tuple[float, str]] = []
+    for place, text in ticks:
+        if not kept or abs(place - kept[-1][0]) >= gap:
+            kept.append((place, text))
+    return kept
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -107,7 +270,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _size_ticks(low: float, high: float) -> list[float]:
+def _round_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2, 5 x 10^n within the range; only 1 x 10^n when there would be many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [m * 10.0**n for n in powers for m in (1, 2, 5) if low <= m * 10.0**n <= high]
@@ -119,24 +282,21 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _arrow(start: _Place, end: _Place) -> str:
+def _arrow(start: _Place, end: _Place) -> Line | None:
     """Return a line that stops short of both points."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     length = math.hypot(dx, dy)
-    if length < 24:
-        return ""
+    if length < 28:
+        return None
     ux, uy = dx / length, dy / length
-    return (
-        f'<line class="path" x1="{start[0] + 8 * ux:.1f}" y1="{start[1] + 8 * uy:.1f}" '
-        f'x2="{end[0] - 9 * ux:.1f}" y2="{end[1] - 9 * uy:.1f}" marker-end="url(#arrow)"/>'
-    )
+    return Line([(start[0] + 9 * ux, start[1] + 9 * uy), (end[0] - 11 * ux, end[1] - 11 * uy)], "path", arrow=True)
 
 
 def _label_places(
-    points: Sequence[Point], places: Sequence[_Place], lines: Sequence[tuple[_Place, _Place]]
+    points: Sequence[Point], places: Sequence[_Place], lines: Sequence[tuple[_Place, _Place]], frame: _Frame
 ) -> list[tuple[float, float, str]]:
     """Return a place for each label beside its point that covers no label, no point and no arrow."""
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in places]
     for (x0, y0), (x1, y1) in lines:
         stops = max(2, int(math.hypot(x1 - x0, y1 - y0) / 6))
         for i in range(stops + 1):
@@ -145,15 +305,14 @@ def _label_places(
     found: list[tuple[float, float, str]] = []
     for point, (x, y) in zip(points, places, strict=True):
         width = _LETTER_WIDTH * len(point.label)
-        candidates = [(side, shift) for shift in _shifts() for side in ("start", "end", "middle")]
-        best = (x + 11, y + 4.5, "start")
-        for anchor, shift in candidates:
-            left = {"start": x + 11, "end": x - 11 - width, "middle": x - width / 2}[anchor]
+        best = (x + 13, y + 4.5, "start") if x + 13 + width <= frame.width - 4 else (x - 13, y + 4.5, "end")
+        for shift, anchor in itertools.product(_shifts(), ("start", "end", "middle")):
+            left = {"start": x + 13, "end": x - 13 - width, "middle": x - width / 2}[anchor]
             base = y + 4.5 + shift
             box = (left, base - 12, left + width, base + 4)
-            inside = box[0] >= _LEFT and box[2] <= _WIDTH - 4 and box[1] >= 2 and box[3] <= _HEIGHT - _BOTTOM
+            inside = box[0] >= frame.left and box[2] <= frame.width - 4 and box[1] >= 2 and box[3] <= frame.bottom
             if inside and not any(_overlap(box, other) for other in taken):
-                best = ({"start": x + 11, "end": x - 11, "middle": x}[anchor], base, anchor)
+                best = ({"start": x + 13, "end": x - 13, "middle": x}[anchor], base, anchor)
                 taken.append(box)
                 break
         found.append(best)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dwindle.quantize.allocation import Choice, allocate
 from dwindle.quantize.joint_kl import JointCurve, JointKL
@@ -40,7 +40,7 @@ class FoundPlan:
     formats: Mapping[str, LayerFormat]
     predicted_kl: float
     measured_kl: float
-    curve: JointCurve = JointCurve()
+    curve: JointCurve = field(default_factory=JointCurve)
     """What a plan's summed costs come to together."""
 
     def weights(self, candidates: Candidates) -> dict[str, QuantizedWeight]:
