@@ -19,6 +19,7 @@ __all__ = [
     "Metric",
     "Parity",
     "Report",
+    "Sample",
     "Skipped",
     "StepRecord",
     "TargetVerdict",
@@ -166,6 +167,14 @@ class TargetVerdict:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One prompt and what each model wrote after it: name of the model -> text, the teacher first."""
+
+    prompt: str
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one run tells. Owns its exit code and its JSON."""
 
@@ -175,6 +184,7 @@ class Report:
     skipped: tuple[Skipped, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -230,6 +240,7 @@ class Report:
             **body,
             "environment": dict(self.environment),
             "inputs": dict(self.inputs),
+            "samples": [asdict(sample) for sample in self.samples],
             "failures": list(self.failures),
             "exit_code": self.exit_code,
         }
@@ -248,4 +259,5 @@ class Report:
             skipped=tuple(Skipped(**s) for s in data["skipped"]),
             environment=data.get("environment", {}),
             inputs=data.get("inputs", {}),
+            samples=tuple(Sample(**s) for s in data.get("samples", ())),
         )

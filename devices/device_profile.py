@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[DeviceProfile | None, list[str]]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506  (a safe loader)
     except OSError as error:
         return None, [f"cannot be read: {error.strerror}"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -196,6 +196,13 @@ def _read(path: Path) -> tuple[DeviceProfile | None, list[str]]:
     problems: list[str] = []
     profile = _profile(data, problems)
     return (None if problems else profile), problems
+
+
+def _loader() -> Any:
+    """Return YAML's safe loader, in C where it was built: ten times as fast, and a page reads every profile."""
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _section(data: Any, where: str, keys: Mapping[str, bool], problems: list[str]) -> Mapping[str, Any]:

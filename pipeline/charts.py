@@ -15,7 +15,7 @@ from dwindle.pipeline.drawing import SERIES, Area, Box, Dot, Drawing, Line, Text
 from dwindle.pipeline.figures import count, number, seconds, size
 
 __all__ = ["Curve", "Limit", "Point", "Split", "front_of", "memory_over_context", "nice_ticks", "quality_against_size",
-           "time_split"]  # fmt: skip
+           "time_split", "training_curve"]  # fmt: skip
 
 _Place = tuple[float, float]
 _RIGHT, _TOP, _BOTTOM = 24, 20, 52
@@ -77,16 +77,17 @@ def quality_against_size(points: Sequence[Point], width: float = 760) -> Drawing
     _axes(drawing, frame, "stored bytes, smaller to the left (log)", "nats/token, lower is better")
     places = [(across(p.bytes), up(p.nats_per_token)) for p in points]
     front = front_of(points)
+    steps: list[_Place] = []
     if len(front) > 1:
-        steps: list[_Place] = []
         for index in front:
             if steps:
-                steps.append((places[index][0], steps[-1][1]))
+                steps.append((steps[-1][0], places[index][1]))
             steps.append(places[index])
         drawing.add(Line(steps, "front", title="Pareto front: no model of this run is both smaller and better"))
     lines = [(places[p.made_from], q) for p, q in zip(points, places, strict=True) if p.made_from is not None]
     drawing.add(*(arrow for start, end in lines if (arrow := _arrow(start, end))))
-    labels = _label_places(points, places, lines, frame)
+    walls = [*lines, *itertools.pairwise(steps)]
+    labels = _label_places(points, places, walls, frame)
     for index, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
         told = f"{point.label}: {size(point.bytes)}, {number(point.nats_per_token)} nats/token"
         if index in front:
@@ -180,13 +181,13 @@ class Limit:
 
 def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width: float = 760) -> Drawing:
     """Return peak memory over context length, both log, with the range of each and a line at each device's limit."""
-    frame = _Frame(width, min(420.0, max(330.0, width * 0.54)))
+    frame = _Frame(width, min(420.0, max(330.0, width * 0.54)), 74)
     drawing = Drawing(frame.width, frame.height, "Peak memory over context length, against what an app may use")
     lengths = [p[0] for curve in curves for p in curve.points]
     if not lengths:
         return drawing
     values = [v for curve in curves for p in curve.points for v in p[1:]] + [limit.bytes for limit in limits]
-    low, high = math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.16
+    low, high = math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.3
     start, end = math.log10(min(lengths)), math.log10(max(lengths))
     end = end if end > start else start + 1
 
@@ -200,15 +201,12 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
     _grid(drawing, frame, _spaced([(up(v), size(v)) for v in _round_ticks(10**low, 10**high)][::-1], 18),
           _spaced([(across(t), count(t)) for t in tokens], 44))  # fmt: skip
     _axes(drawing, frame, "tokens of context (log)", "peak memory (log)")
-    taken: list[float] = []
-    for limit in sorted(limits, key=lambda one: -one.bytes):
+    free = frame.bottom
+    for limit in sorted(limits, key=lambda one: one.bytes):
         y = up(limit.bytes)
         drawing.add(Line([(frame.left, y), (frame.right, y)], "limit", title=f"{limit.label}: {size(limit.bytes)}"))
-        place = y - 5
-        while any(abs(place - other) < 14 for other in taken):
-            place += 14
-        taken.append(place)
-        drawing.add(Text(frame.right - 2, place, f"{limit.label}  {size(limit.bytes)}", "miss", "end"))
+        free = min(y - 5, free - 14)
+        drawing.add(Text(frame.right - 2, free, f"{limit.label}  {size(limit.bytes)}", "miss", "end"))
     for index, curve in enumerate(curves):
         series = f"s{(index + 1) % SERIES}"
         upper = [(across(t), up(h)) for t, _, _, h in curve.points]
@@ -221,12 +219,30 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
         for (x, y), (t, lo, value, hi) in zip(line, curve.points, strict=True):
             told = f"{curve.label} at {t:,} tokens: {size(value)}, {size(lo)} to {size(hi)}"
             drawing.add(Dot(x, y, 3, series, told))
-        x, y = line[0]
-        place = y - 8
-        while any(abs(place - other) < 14 for other in taken):
-            place += 14
-        taken.append(place)
-        drawing.add(Text(x + 8, place, curve.label, "label"))
+    x = frame.left + 4
+    for index, curve in enumerate(curves):
+        drawing.add(Box(x, 4, 11, 11, f"s{(index + 1) % SERIES}"), Text(x + 16, 14, curve.label, "note"))
+        x += 32 + 6.3 * len(curve.label)
+    return drawing
+
+
+def training_curve(points: Sequence[tuple[float, float]], width: float = 760) -> Drawing:
+    """Return a training's loss over its steps."""
+    frame = _Frame(width, 220)
+    drawing = Drawing(frame.width, frame.height, "Loss over steps of training")
+    if len(points) < 2:
+        return drawing
+    bottom, top = _padded(min(y for _, y in points), max(y for _, y in points))
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+
+    def place(step: float, loss: float) -> _Place:
+        x = frame.left + (step - first) / (last - first) * (frame.right - frame.left)
+        return x, frame.bottom - (loss - bottom) / (top - bottom) * (frame.bottom - _TOP)
+
+    _grid(drawing, frame, [(place(first, v)[1], number(v)) for v in nice_ticks(bottom, top, 4)],
+          _spaced([(place(v, bottom)[0], count(int(v))) for v in nice_ticks(first, last, 6)], 48))  # fmt: skip
+    _axes(drawing, frame, "steps", "loss")
+    drawing.add(Line([place(*point) for point in points], "curve s1", title="loss"))
     return drawing
 
 
@@ -236,9 +252,7 @@ def _grid(
     for y, text in rows:
         drawing.add(Line([(frame.left, y), (frame.right, y)], "grid"), Text(frame.left - 8, y + 4, text, "tick", "end"))
     for x, text in columns:
-        drawing.add(
-            Line([(x, _TOP), (x, frame.bottom)], "grid"), Text(x, frame.bottom + 18, text, "tick", "middle")
-        )
+        drawing.add(Line([(x, _TOP), (x, frame.bottom)], "grid"), Text(x, frame.bottom + 18, text, "tick", "middle"))
 
 
 def _axes(drawing: Drawing, frame: _Frame, across: str, up: str) -> None:

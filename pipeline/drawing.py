@@ -7,6 +7,7 @@ In a page the kinds are CSS classes whose colours follow the page; a file carrie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +20,29 @@ from dwindle.errors import MissingExtra
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "KINDS", "Area", "Box", "Dot", "Drawing", "Kind", "Line", "Text", "css"]
+__all__ = ["COLOURS", "KINDS", "Area", "Box", "Dot", "Drawing", "Kind", "Line", "Text", "css", "variables"]
 
 Place = tuple[float, float]
 
 COLOURS: Mapping[str, tuple[str, str]] = {
-    "page": ("#f7f7f5", "#101315"),
-    "card": ("#ffffff", "#181c1f"),
+    "page": ("#f6f6f3", "#0f1214"),
+    "card": ("#ffffff", "#171b1e"),
+    "wash": ("#f1f1ed", "#1f2529"),
     "ink": ("#16191c", "#eceeef"),
     "soft": ("#596269", "#9ba6ad"),
-    "line": ("#e4e4df", "#2a3136"),
-    "s0": ("#596269", "#9ba6ad"),
-    "s1": ("#2458b8", "#7eb0ff"),
+    "line": ("#e2e2dc", "#2b3237"),
+    "s0": ("#6a747b", "#8f9aa1"),
+    "s1": ("#2458b8", "#84b4ff"),
     "s2": ("#b4540a", "#ffae66"),
     "s3": ("#6b3fa8", "#c5a3ff"),
     "s4": ("#0b7a6b", "#5fd6c3"),
+    "tint": ("#e8effb", "#1a2a44"),
     "good": ("#14713f", "#6bd89b"),
+    "good-wash": ("#e3f4ea", "#143325"),
     "bad": ("#b3261e", "#ff9389"),
+    "bad-wash": ("#fbe8e6", "#3d1c1a"),
+    "open": ("#7a5c00", "#e6c85c"),
+    "open-wash": ("#f8f0d6", "#362e16"),
 }
 """Name -> colour in light and in dark. The page's variables bear the same names."""
 SERIES = 5
@@ -50,13 +57,15 @@ class Kind:
     width: float = 1.0
     dash: tuple[float, float] | None = None
     opacity: float = 1.0
-    size: float = 12.0
+    size: float = 0.0
+    """Of letters, in pixels."""
     bold: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
     "grid": Kind(stroke="line"),
     "path": Kind(stroke="soft", width=1.3, dash=(3, 3)),
+    "head": Kind(fill="soft"),
     "front": Kind(stroke="good", width=2.0),
     "limit": Kind(stroke="bad", width=1.3, dash=(6, 4)),
     "tick": Kind(fill="soft", size=12),
@@ -146,10 +155,9 @@ class Drawing:
     def svg(self, classes: str = "chart") -> Markup:
         """Return an inline <svg> that takes its colours from the page; every text is escaped."""
         body = "".join(_svg(shape) for shape in self.shapes)
-        marks = _ARROW if any(isinstance(s, Line) and s.arrow for s in self.shapes) else ""
         return Markup(  # noqa: S704  (texts from outside are escaped)
             f'<svg class="{escape(classes)}" viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
-            f'aria-label="{escape(self.title)}">{marks}{body}</svg>'
+            f'aria-label="{escape(self.title)}">{body}</svg>'
         )
 
     def write_svg(self, path: Path) -> None:
@@ -158,8 +166,8 @@ class Drawing:
 
         inline = str(self.svg())
         sheet = (
-            f"svg{{background:var(--card);font-family:system-ui,sans-serif;{_variables(0)}}}"
-            f"@media(prefers-color-scheme:dark){{svg{{{_variables(1)}}}}}{css('')}"
+            f"svg{{background:var(--card);font-family:system-ui,sans-serif;{variables(0)}}}"
+            f"@media(prefers-color-scheme:dark){{svg{{{variables(1)}}}}}{css('')}"
         )
         opening = inline.replace(
             "<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}" ', 1
@@ -168,7 +176,7 @@ class Drawing:
         write_text(path, f"{head}><style>{sheet}</style>{rest}\n")
 
     def write_png(self, path: Path, scale: float = 2.0) -> None:
-        """Write a PNG in light colours, `scale` pixels to one of the drawing. Raises MissingExtra without matplotlib."""
+        """Write a PNG in light colours, `scale` pixels to one of the drawing. MissingExtra without matplotlib."""
         from dwindle.storage import atomic_file
 
         try:
@@ -188,15 +196,18 @@ class Drawing:
             figure.savefig(partial, format="png")
 
 
-_ARROW = (
-    '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-    '<path d="M0 0 L8 4 L0 8 z" class="arrowhead"/></marker></defs>'
-)
+def _head(points: Sequence[Place]) -> list[Place]:
+    """Return the triangle at the end of a line."""
+    (x0, y0), (x1, y1) = points[-2:]
+    length = math.hypot(x1 - x0, y1 - y0) or 1.0
+    ux, uy = (x1 - x0) / length, (y1 - y0) / length
+    return [(x1 + 3 * ux, y1 + 3 * uy), (x1 - 5 * ux - 4 * uy, y1 - 5 * uy + 4 * ux),
+            (x1 - 5 * ux + 4 * uy, y1 - 5 * uy - 4 * ux)]  # fmt: skip
 
 
 def css(scope: str = ".chart ") -> str:
     """Return the rules of all kinds, colours by variable."""
-    rules = [f"{scope}.arrowhead{{fill:var(--soft)}}"]
+    rules = []
     for name, kind in KINDS.items():
         selector = scope + "".join(f".{word}" for word in name.split())
         stroke = f"var(--{kind.stroke})" if kind.stroke else "none"
@@ -205,14 +216,15 @@ def css(scope: str = ".chart ") -> str:
         rule += f";stroke-dasharray:{kind.dash[0]:g} {kind.dash[1]:g}" if kind.dash else ""
         rule += f";opacity:{kind.opacity:g}" if kind.opacity != 1 else ""
         rules.append(f"{selector}{{{rule}}}")
-        if kind.fill and not name.startswith(("s", "band")) or name == "strong":
+        if kind.size:
             weight = "600" if kind.bold else "400"
             rules.append(f"{scope}text{''.join(f'.{w}' for w in name.split())}{{font-size:{kind.size:g}px;"
                          f"font-weight:{weight}}}")  # fmt: skip
     return "\n".join(rules)
 
 
-def _variables(side: int) -> str:
+def variables(side: int) -> str:
+    """Return the colours as CSS variables, of light (0) or dark (1)."""
     return "".join(f"--{name}:{pair[side]};" for name, pair in COLOURS.items())
 
 
@@ -237,12 +249,12 @@ def _svg(shape: Shape) -> str:
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in shape.points)
     if isinstance(shape, Area):
         return f'<polygon class="{escape(shape.kind)}" points="{places}">{told}</polygon>'
-    head = ' marker-end="url(#arrow)"' if shape.arrow else ""
-    return f'<polyline class="{escape(shape.kind)}" points="{places}"{head}>{told}</polyline>'
+    head = _svg(Area(_head(shape.points), "head")) if shape.arrow else ""
+    return f'<polyline class="{escape(shape.kind)}" points="{places}">{told}</polyline>{head}'
 
 
 def _paint(axes: Axes, shape: Shape, layer: int) -> None:
-    from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
+    from matplotlib.patches import Circle, Polygon, Rectangle
 
     kind = KINDS[shape.kind]
     fill = COLOURS[kind.fill][0] if kind.fill else "none"
@@ -269,5 +281,4 @@ def _paint(axes: Axes, shape: Shape, layer: int) -> None:
         axes.plot(*zip(*shape.points, strict=True), color=stroke, linewidth=kind.width * point, linestyle=dashes,
                   zorder=layer + 1)  # fmt: skip
         if shape.arrow:
-            axes.add_patch(FancyArrowPatch(*shape.points[-2:], arrowstyle="-|>", mutation_scale=7, color=stroke,
-                                           linewidth=0, shrinkA=0, shrinkB=0, zorder=layer + 1))  # fmt: skip
+            _paint(axes, Area(_head(shape.points), "head"), layer)

@@ -1,23 +1,27 @@
-"""report.html: one self-contained page for a person. No script, no request, light and dark, fit to print.
+"""report.html: one self-contained page for a person. No request, light and dark, for a phone and fit to print.
 
-The page answers in this order: did it pass; how small, how good, how fast; what each step did; where the bytes are;
-what each device would do and how that is known; what was exported and who checked it; what did not happen; on what it
-ran. All texts go through jinja2's escaping; a content policy in the page forbids everything but its own style.
+The page answers in this order: did it pass; how small, how good, how fast; which models of the run are worth having;
+where the bits are, and what other bits would make of it (`plan_editor`); what each device would do and how that is
+known; what the models write; what each step did; what was exported and who checked it; what came of what; what did not
+happen; on what it ran. Without scripts everything but the plan editor is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dwindle.pipeline import figures
-from dwindle.pipeline.charts import Point, quality_against_size
+from dwindle.pipeline.charts import Point, memory_over_context, quality_against_size, time_split
+from dwindle.pipeline.device_views import device_views
 from dwindle.pipeline.layer_tables import layer_tables
+from dwindle.pipeline.lineage import lineage
+from dwindle.pipeline.page import render_page, two_widths
+from dwindle.pipeline.step_facts import flat_facts, step_facts
 from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord, TargetVerdict
 
-__all__ = ["METRIC_LABELS", "render_html"]
+__all__ = ["METRIC_LABELS", "quality_points", "render_html"]
 
 METRIC_LABELS: Mapping[str, str] = {
     "tokens_per_second": "Decode",
@@ -32,30 +36,59 @@ METRIC_LABELS: Mapping[str, str] = {
 
 def render_html(report: Report, title: str = "dwindle run", recipe_text: str = "") -> str:
     """Return the page of a report as one HTML document."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    views = device_views(report)
+    tables = layer_tables(report)
+    points = quality_points(report)
+    values: dict[str, Any] = {
+        "title": title,
+        "report": report,
+        "recipe_text": recipe_text,
+        "subtitle": _subtitle(report),
+        "verdict": _verdict(report),
+        "cards": _cards(report),
+        "chart": two_widths(lambda width: quality_against_size(points, width), 1060),
+        "layer_tables": tables,
+        "targets": _targets(report),
+        "metric_names": _metric_names(report),
+        "metric_labels": METRIC_LABELS,
+        "metric_range": _metric_range,
+        "split": two_widths(lambda width: time_split(views.splits, width), 560),
+        "memory": two_widths(lambda width: memory_over_context(views.curves, views.limits, width), 560),
+        "not_estimated": views.left_out if views.splits else (),
+        "samples": [(sample.prompt, tuple(sample.texts.items())) for sample in report.samples],
+        "states": _states(report),
+        "step_details": [told for step in report.steps if (told := step_facts(step)).facts or told.curve],
+        "lineage": lineage(report),
+        "facts": _facts(report),
+    }
+    values["sections"] = _sections(values)
+    return render_page("report.html.j2", ("page.js", "plan_editor.js"), **values)
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(figures=figures, metric_labels=METRIC_LABELS, metric_range=_metric_range)
-    page = environment.get_template("report.html.j2")
-    return page.render(
-        title=title,
-        report=report,
-        recipe_text=recipe_text,
-        verdict=_verdict(report),
-        cards=_cards(report),
-        states=_states(report),
-        chart=quality_against_size(_points(report)),
-        layer_tables=layer_tables(report),
-        targets=_targets(report),
-        metric_names=_metric_names(report),
-        facts=_facts(report),
-    )
+
+def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, anchor) of the sections that are there, in the page's order."""
+    there = {
+        "Quality": ("quality", values["chart"]),
+        "Layers": ("layers", values["layer_tables"]),
+        "Devices": ("devices", values["targets"]),
+        "Samples": ("samples", values["samples"]),
+        "Steps": ("steps", values["states"]),
+        "Artifacts": ("artifacts", values["report"].artifacts),
+        "Lineage": ("lineage", values["lineage"]),
+        "Not done": ("skipped", True),
+        "Recipe": ("made", True),
+    }
+    return [(name, anchor) for name, (anchor, shown) in there.items() if shown]
+
+
+def _subtitle(report: Report) -> str:
+    teacher = report.inputs.get("teacher")
+    name = str(teacher.get("model", "")).rstrip("/").rpartition("/")[2] if isinstance(teacher, Mapping) else ""
+    words = [f"from {name}"] if name else []
+    words += [" \N{RIGHTWARDS ARROW} ".join(dict.fromkeys(step.name for step in report.steps))] if report.steps else []
+    profiles = len({target.profile for target in report.targets})
+    words += [f"{profiles} target{'s' * (profiles > 1)}"] if profiles else []
+    return " \N{MIDDLE DOT} ".join(words)
 
 
 @dataclass(frozen=True)
@@ -162,7 +195,7 @@ def _states(report: Report) -> list[_State]:
     return [start, *(_State(s.name, s.variant, s.after, s.before, s) for s in report.steps)]
 
 
-def _points(report: Report) -> list[Point]:
+def quality_points(report: Report) -> list[Point]:
     """Return the models whose quality is known; each is linked to the one whose numbers it started from."""
     points: list[Point] = []
     made: list[Measurement] = []
@@ -218,21 +251,10 @@ def _metric_range(metric: Metric) -> str:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """Return inputs and environment as flat (name, value) rows."""
-    return [*_flat(report.inputs, ""), *_flat(report.environment, ""), *_versions(report.artifacts)]
+    return [*flat_facts(report.inputs), *flat_facts(report.environment), *_versions(report.artifacts)]
 
 
 def _versions(artifacts: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
     for artifact in artifacts:
         if artifact.versions:
             yield f"exported {artifact.format} with", ", ".join(f"{k} {v}" for k, v in artifact.versions.items())
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key} \N{MIDDLE DOT} ")
-        elif value not in (None, "", []):
-            yield (
-                f"{prefix}{key}".replace("_", " "),
-                f"{value:,}" if isinstance(value, int) and value > 9999 else str(value),
-            )

@@ -1,75 +1,114 @@
-"""Bits, bytes and rounding error per layer, for the report: from a quantize step's record, else from an artifact.
+"""Bits, bytes, sensitivity and rounding error per layer, for the report: from a quantize step, else from an artifact.
 
 A step tells its layers as a list of rows with a `name`; an artifact's details as a mapping of name to row. Both are
-read here, with whatever of them is there: bits per weight count scales, zero points and palettes.
+read here, with whatever of them is there: bits per weight count scales, zero points and palettes. Where the step's
+record holds the bit plan, the table bears the plan editor's data and each layer's predicted cost.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dwindle.report import Report
+from markupsafe import Markup
+
+from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS
+from dwindle.pipeline.page import embedded_json
+from dwindle.pipeline.plan_editor import plan_editor
+from dwindle.report import Report, StepRecord
 
 __all__ = ["LayerRow", "LayerTable", "layer_tables"]
 
-_FEW_LAYERS = 24
+_GRADES = {
+    "kl": "Predicted KL: measured with this one layer replaced, on text apart from calibration.",
+    "fisher": "Predicted KL: to second order, from gradients on the calibration text.",
+    "error": "No predicted KL is stored: the plan was made without a text, by relative errors alone.",
+    "none": "No sensitivities are stored: all layers were given the same bits. A plan to a size "
+    "(target_bits_per_weight or target_bytes, with a calibration text) measures them.",
+}
+"""What a page says of a plan's costs, by the plan's grade."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer, or all layers of a kind: `share` is its bytes over those of the largest row, for a bar."""
+    """One layer: `share` and `cost_share` are its bytes and cost over those of the largest row, for bars."""
 
     name: str
     format: str
     parameters: int
     bytes: int
     bits: float
-    share: float
+    share: float = 0.0
     error: float | None = None
+    cost: float | None = None
+    cost_share: float = 0.0
+    planned: int | None = None
+    """Its index in the plan that decided its bits."""
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The layers of one variant in the model's order, and summed by kind, the largest kind first."""
+    """The layers of one variant in the model's order, and the plan editor's data where there is a plan."""
 
     title: str
     layers: tuple[LayerRow, ...]
-    kinds: tuple[LayerRow, ...]
-
-    @property
-    def is_short(self) -> bool:
-        """Return whether all layers can be shown at once."""
-        return len(self.layers) <= _FEW_LAYERS
+    editor: Markup | None = None
+    scheme: str = ""
+    told: str = ""
+    """Where the costs come from, or why there are none."""
+    prompt: int = DEFAULT_PROMPT_TOKENS
 
     @property
     def has_errors(self) -> bool:
         """Return whether any layer tells its rounding error."""
         return any(layer.error is not None for layer in self.layers)
 
+    @property
+    def has_costs(self) -> bool:
+        """Return whether the predicted KL of any layer is known."""
+        return any(layer.cost is not None for layer in self.layers)
+
 
 def layer_tables(report: Report) -> list[LayerTable]:
     """Return one table per quantized variant; where no step tells layers, one per artifact that does."""
-    steps = [(f"{s.name} ({s.variant})" if s.variant else s.name, s.details.get("layers")) for s in report.steps]
-    artifacts = [(f"{a.format} {a.variant or ''}".strip(), a.details.get("layers")) for a in report.artifacts]
-    for sources in (steps, artifacts):
-        tables = [table for title, rows in sources if (table := _table(title, rows))]
-        if tables:
-            return tables
-    return []
+    tables = [table for step in report.steps if (table := _of_step(step, report))]
+    if tables:
+        return tables
+    named = [(f"{a.format} {a.variant or ''}".strip(), a.details.get("layers")) for a in report.artifacts]
+    return [LayerTable(title, rows) for title, source in named if (rows := _rows(source))]
 
 
-def _table(title: str, source: Any) -> LayerTable | None:
+def _of_step(step: StepRecord, report: Report) -> LayerTable | None:
+    rows = _rows(step.details.get("layers"))
+    if not rows:
+        return None
+    title = f"{step.name} ({step.variant})" if step.variant else step.name
+    data = plan_editor(step, report)
+    if data is None or not {layer["name"] for layer in data["layers"]} <= {row.name for row in rows}:
+        return LayerTable(title, rows)
+    planned = {layer["name"]: (index, layer["kl"].get(layer["bits"])) for index, layer in enumerate(data["layers"])}
+    told = [
+        replace(row, planned=planned[row.name][0], cost=planned[row.name][1]) if row.name in planned else row
+        for row in rows
+    ]
+    most = max((row.cost or 0.0 for row in told), default=0.0)
+    shown = tuple(replace(row, cost_share=(row.cost or 0.0) / most if most else 0.0) for row in told)
+    plan = data["plan"]
+    return LayerTable(title, shown, embedded_json(data), str(plan["scheme"]), _GRADES.get(str(plan["grade"]), ""))
+
+
+def _rows(source: Any) -> tuple[LayerRow, ...]:
     if isinstance(source, Mapping):
         named = [(str(name), row) for name, row in source.items()]
     elif isinstance(source, list | tuple):
         named = [(str(row.get("name")), row) for row in source if isinstance(row, Mapping)]
     else:
-        return None
-    layers = [row for name, raw in named if isinstance(raw, Mapping) and (row := _row(name, raw))]
-    return LayerTable(title, _with_shares(layers), _by_kind(layers)) if layers else None
+        return ()
+    rows = [row for name, raw in named if isinstance(raw, Mapping) and (row := _row(name, raw))]
+    largest = max((row.bytes for row in rows), default=0) or 1
+    return tuple(replace(row, share=row.bytes / largest) for row in rows)
 
 
 def _row(name: str, raw: Mapping[str, Any]) -> LayerRow | None:
@@ -81,7 +120,7 @@ def _row(name: str, raw: Mapping[str, Any]) -> LayerRow | None:
     error = raw.get("relative_mse")
     bits = raw.get("bits_per_weight", 8 * size / parameters)
     known_error = float(error) if isinstance(error, int | float) else None
-    return LayerRow(name, _format(raw), parameters, int(size), float(bits), 0.0, known_error)
+    return LayerRow(name, _format(raw), parameters, int(size), float(bits), error=known_error)
 
 
 def _format(raw: Mapping[str, Any]) -> str:
@@ -91,25 +130,3 @@ def _format(raw: Mapping[str, Any]) -> str:
     if kind is None or bits is None:
         return ""
     return f"{'palette' if 'palett' in str(kind) else 'int'}{bits}"
-
-
-def _with_shares(rows: list[LayerRow]) -> tuple[LayerRow, ...]:
-    largest = max(row.bytes for row in rows) or 1
-    return tuple(LayerRow(r.name, r.format, r.parameters, r.bytes, r.bits, r.bytes / largest, r.error) for r in rows)
-
-
-def _by_kind(layers: list[LayerRow]) -> tuple[LayerRow, ...]:
-    """Return one row per kind (the last word of a layer's name) and format."""
-    groups: dict[tuple[str, str], list[LayerRow]] = {}
-    for layer in layers:
-        words = [word for word in layer.name.split(".") if word != "weight"]
-        groups.setdefault((words[-1] if words else layer.name, layer.format), []).append(layer)
-    rows = []
-    for (kind, form), members in groups.items():
-        parameters, size = sum(m.parameters for m in members), sum(m.bytes for m in members)
-        errors = [m.error * m.parameters for m in members if m.error is not None]
-        error = sum(errors) / parameters if len(errors) == len(members) else None
-        name = f"{kind} \N{MULTIPLICATION SIGN} {len(members)}" if len(members) > 1 else kind
-        bits = sum(m.bits * m.parameters for m in members) / parameters
-        rows.append(LayerRow(name, form, parameters, size, bits, 0.0, error))
-    return _with_shares(sorted(rows, key=lambda row: -row.bytes))

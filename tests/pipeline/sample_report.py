@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from dwindle.report import Artifact, Measurement, Metric, Parity, Report, Skipped, StepRecord, TargetVerdict
 
 
@@ -56,3 +59,52 @@ def sample_report(*, passed: bool = True, name: str = "prune", speed: float = 80
     }  # fmt: skip
     skipped = (Skipped("coreml on host", "no runtime"),)
     return Report(steps, (onnx, coreml), targets, skipped, {"dwindle": "0.1.0", "packages": {"torch": "2.13"}}, inputs)
+
+
+def planned_step(
+    blocks: int = 2, width: int = 64, scheme: Any = "palettize", prefix: str = "model.layers"
+) -> StepRecord:
+    """A quantize step with a mixed plan: costs that fall with the bits, known for 2, 3 and 4 of them."""
+    from dwindle.quantize.allocation import Choice
+    from dwindle.quantize.bit_plan import BitPlan, PlannedLayer
+    from dwindle.quantize.layer_plan import LayerFormat, group_size_for
+
+    shapes = {
+        f"{prefix}.{i}.{part}": shape
+        for i in range(blocks)
+        for part, shape in {
+            "self_attn.q_proj": (width, width), "self_attn.k_proj": (width // 2, width),
+            "self_attn.v_proj": (width // 2, width), "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (3 * width, width), "mlp.up_proj": (3 * width, width), "mlp.down_proj": (width, 3 * width),
+        }.items()
+    }  # fmt: skip
+    layers = []
+    for number, (name, shape) in enumerate(shapes.items()):
+        group = group_size_for(scheme, shape)
+        forms = {bits: LayerFormat(name, scheme, bits, group) for bits in (2, 3, 4)}
+        costs = {bits: (1 + number % 9) * 0.001 * 4.0**-bits for bits in forms}
+        choices = tuple(Choice(forms[b].stored_bits(shape), costs[b], b, group) for b in forms)
+        chosen = (4, 3, 4, 2)[number % 4] if scheme == "palettize" else 4
+        layers.append(PlannedLayer(forms[chosen], shape, costs[chosen], choices))
+    table = 20 * width * width
+    plan = BitPlan(scheme, tuple(layers), "kl", 3.5, None, (8 * table + 16 * 20 * width + 32 * width, table + 2 * width),
+                   0.0031, 0.0029, joint_curve=((0.0001, 0.00012), (0.1, 0.2)))  # fmt: skip
+    kind = "palettized" if scheme == "palettize" else "affine"
+    rows = [
+        {"name": x.format.name, "kind": kind, "bits": x.format.bits, "group_size": x.format.group_size,
+         "shape": list(x.shape), "bytes": x.stored_bits // 8, "bits_per_weight": x.stored_bits / x.weights,
+         "relative_mse": 0.01 / x.format.bits}
+        for x in layers
+    ]  # fmt: skip
+    rows.append({"name": "model.embed_tokens", "kind": "affine", "bits": 8, "group_size": width,
+                 "shape": [20 * width, width], "bytes": table + 2 * 20 * width, "bits_per_weight": 8.1,
+                 "relative_mse": 0.0001})  # fmt: skip
+    details = {"scheme": scheme, "method": "lnq", "plan": plan.to_json(), "layers": rows}
+    return StepRecord("quantize", DISTILLED, PALETTES, "apple", 12.0, 900_000_000, details)
+
+
+def planned_report(blocks: int = 2, width: int = 64, scheme: Any = "palettize", **changes: Any) -> Report:
+    """The sample report with a mixed plan in place of its quantize steps, and no artifact that tells its layers."""
+    report = sample_report()
+    steps = (*report.steps[:2], planned_step(blocks, width, scheme, **changes))
+    return replace(report, steps=steps, artifacts=report.artifacts[1:])
