@@ -44,12 +44,11 @@ def step_facts(step: StepRecord) -> StepFacts:
     facts = list(flat_facts(rest))
     if len(facts) > _MOST_ROWS:
         facts = [*facts[:_MOST_ROWS], ("and more", f"{len(facts) - _MOST_ROWS} further values in report.json")]
-    first = next(iter(curves.values()), None)
+    first = next(iter(curves.values()), ())
     title = f"{step.name} ({step.variant})" if step.variant else step.name
     told = [str(step.details[key]) for key in ("method", "scheme", "objective") if step.details.get(key)]
-    return StepFacts(
-        title, ", ".join(told), tuple(facts), first and two_widths(lambda width: training_curve(first, width))
-    )
+    curve = two_widths(lambda width: training_curve(first, width)) if first else None
+    return StepFacts(title, ", ".join(told), tuple(facts), curve)
 
 
 def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
