@@ -37,7 +37,10 @@ class NearDuplicates:
 
     def run(self, documents: Iterator[Document], run: StageRun) -> Iterator[Document]:
         """Yield the first document of every cluster."""
-        spool, clusters = clustered(documents, self.options, run)
+        with Spool(run.folder / "documents.jsonl") as spool:
+            yield from self._first(spool, clustered(documents, self.options, run, spool), run)
+
+    def _first(self, spool: Spool, clusters: Clusters, run: StageRun) -> Iterator[Document]:
         sizes = Counter(Counter(clusters.first.tolist()).values())
         run.count.details = {
             "clusters": sum(number for size, number in sizes.items() if size > 1),
@@ -56,12 +59,10 @@ class NearDuplicates:
             across += kept[first][1] != document.source
             run.count.drop(document, "a near-duplicate of an earlier document", kept[first][0])
         run.count.details["dropped_for_a_document_of_another_source"] = across
-        spool.close()
 
 
-def clustered(documents: Iterator[Document], options: NearDuplicateOptions, run: StageRun) -> tuple[Spool, Clusters]:
-    """Return the documents, put aside in the order they came in, and their clusters."""
-    spool = Spool(run.folder / "documents.jsonl")
+def clustered(documents: Iterator[Document], options: NearDuplicateOptions, run: StageRun, spool: Spool) -> Clusters:
+    """Return the clusters of documents, which are put aside in the order they come in."""
     signed: list[NDArray[np.uint32]] = []
     counts: list[NDArray[np.int64]] = []
     sign = partial(_signed, options=options)
@@ -72,13 +73,13 @@ def clustered(documents: Iterator[Document], options: NearDuplicateOptions, run:
         counts.append(words)
     spool.end()
     if not signed:
-        return spool, Clusters(np.zeros(0, np.int64), 0, 0)
+        return Clusters(np.zeros(0, np.int64), 0, 0)
 
     def compare(parts: Any) -> Iterator[list[float]]:
         offsets = ([(spool.offsets[a], spool.offsets[b]) for a, b in part] for part in parts)
         return run.ordered(partial(_compared, spool.path), offsets)
 
-    return spool, near_duplicate_clusters(np.concatenate(signed), np.concatenate(counts), options, compare)
+    return near_duplicate_clusters(np.concatenate(signed), np.concatenate(counts), options, compare)
 
 
 def _signed(

@@ -36,6 +36,12 @@ class Spool:
         self._handle: BinaryIO | None = path.open("wb", buffering=1 << 20)
         self._end = 0
 
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __len__(self) -> int:
         return len(self.offsets)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Words", "hashed_words", "mix"]
+__all__ = ["Words", "factors", "hashed_words", "mix"]
 
 _U64 = NDArray[np.uint64]
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -31,10 +31,15 @@ _LONGEST_WORD = 256
 
 
 @functools.cache
-def _factors() -> tuple[_U64, _U64]:
+def _all_factors() -> tuple[_U64, _U64]:
     """Return P [256] and Q [64]: odd, from a fixed seed."""
     draw = np.random.Generator(np.random.PCG64(20_24)).integers(0, 2**64, _LONGEST_WORD + 64, np.uint64) | np.uint64(1)
     return draw[:_LONGEST_WORD], draw[_LONGEST_WORD:]
+
+
+def factors() -> _U64:
+    """Return Q [64], by which the words of an n-gram are multiplied."""
+    return _all_factors()[1]
 
 
 @functools.cache
@@ -87,13 +92,13 @@ class Words:
         # Position of every n-gram's first word: those of the texts, without the last words of each.
         first = np.arange(starts[-1]) + np.repeat(self.starts[:-1] - starts[:-1], counts)
         sums = np.zeros(len(first), np.uint64)
-        factors = _factors()[1]
+        powers = factors()
         padded = np.concatenate((self.hashes, np.zeros(length, np.uint64)))
         for k in range(length):
-            sums += padded[first + k] * factors[k]
+            sums += padded[first + k] * powers[k]
         for text in np.flatnonzero((self.counts < length) & (self.counts > 0)):
             short = self.of(text)
-            sums[starts[text]] = (short * factors[: len(short)]).sum(dtype=np.uint64)
+            sums[starts[text]] = (short * powers[: len(short)]).sum(dtype=np.uint64)
         return Words(mix(sums), starts)
 
 
@@ -108,7 +113,7 @@ def hashed_words(texts: Sequence[str]) -> Words:
     if not len(begins):
         return Words(np.zeros(0, np.uint64), np.zeros(len(texts) + 1, np.int64))
     place = _places(len(data), begins)
-    values = data * _factors()[0][place & (_LONGEST_WORD - 1)]
+    values = data * _all_factors()[0][place & (_LONGEST_WORD - 1)]
     values *= inside
     hashes = mix(np.add.reduceat(values, begins))
     ends = np.concatenate(([0], np.cumsum(lengths)))
