@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dwindle.devices.bench_options import BenchOptions
-from dwindle.devices.budgets import Budget, parse_budgets
+from dwindle.devices.budgets import Budget, parse_budgets, read_budgets
 from dwindle.devices.calibration import Calibration, calibrate
 from dwindle.devices.cost_model import Estimate, LayerTime, estimate
 from dwindle.devices.device_profile import (
@@ -41,6 +41,7 @@ __all__ = [
     "parse_budgets",
     "parse_target",
     "read_artifact",
+    "read_budgets",
     "read_measurements",
     "run",
     "run_of",

@@ -34,7 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CoreAIDecoder", "GenAIDecoder", "OnnxDecoder", "energy_joules", "main", "temperature"]
+__all__ = ["CoreAIDecoder", "GenAIDecoder", "OnnxDecoder", "energy_joules", "machine", "main", "temperature"]
 
 PROTOCOL = 1
 _TYPES = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(float)": "float32", "tensor(float16)": "float16",
@@ -259,7 +259,7 @@ def _measure(given: argparse.Namespace) -> None:
         __import__(module)
     import numpy as np
 
-    _print("start", runner=PROTOCOL, runtime=given.runtime, machine=_machine())
+    _print("start", runner=PROTOCOL, runtime=given.runtime, machine=machine())
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, given.vocabulary, given.prompt_tokens)]
     before = _set_back_peak()
     started = time.perf_counter()
@@ -308,7 +308,7 @@ def _version_of(distribution: str) -> str:
     return metadata.version(distribution)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Return what is known of this machine without asking another program."""
     model = _read("/proc/device-tree/model") or _field("/proc/cpuinfo", "model name") or platform.processor()
     return {"system": platform.platform(terse=True), "machine": platform.machine(), "cpu": model.strip("\0 "),

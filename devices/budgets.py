@@ -5,6 +5,11 @@ A budget names a metric (or its short name), a comparison and a number with a un
 1.5 of memory means nothing. `@ 512` asks for a prompt of 512 tokens instead of the usual one. The comparison must point
 the way the metric is good: nobody wants at most 30 tokens/s, so that is refused rather than obeyed. All mistakes of a
 list of budgets are raised as one error, with near names.
+
+Quality has budgets, too: `kl <= 0.05`, `bits_per_byte <= 1.1`, `top1_agreement >= 90%`, and `task.NAME.METRIC >= 0.8`
+for a metric of an adapter's task, which the report holds. Their names say their unit.
+
+A file of budgets (`--budgets FILE`) is YAML: a list of such lines, or a mapping of metric to limit.
 """
 
 from __future__ import annotations
@@ -13,13 +18,25 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dwindle.devices.cost_model import METRIC_UNITS
 from dwindle.devices.quantity import DIMENSIONS
 from dwindle.errors import RecipeError, did_you_mean
 
-__all__ = ["Budget", "parse_budgets"]
+__all__ = ["QUALITY_UNITS", "TASK", "Budget", "parse_budgets", "read_budgets", "unit_of"]
+
+QUALITY_UNITS: Mapping[str, str] = {
+    "nats_per_token": "nats/token",
+    "bits_per_byte": "bits/byte",
+    "kl_nats_per_token": "nats/token",
+    "top1_agreement": "share",
+}
+"""What the report measures of a model, with its unit; fields of `report.Measurement`."""
+TASK = "task."
+"""How the name of a task's metric begins: task.NAME.METRIC."""
+_TASK_DOTS = 2
 
 _SHORT_NAMES = {
     "memory": "peak_memory_bytes",
@@ -34,11 +51,17 @@ _SHORT_NAMES = {
     "load": "load_seconds",
     "load_time": "load_seconds",
     "load_ms": "load_seconds",
+    "nats": "nats_per_token",
+    "kl": "kl_nats_per_token",
+    "agreement": "top1_agreement",
 }
 _UNITS: Mapping[str, Mapping[str, float]] = {
     "bytes": {**DIMENSIONS["memory"], "B": 1, "KB": 1e3},
     "seconds": {**DIMENSIONS["time"], "seconds": 1.0},
     "tokens/s": {"tokens/s": 1.0, "tok/s": 1.0, "t/s": 1.0, "/s": 1.0},
+    "nats/token": {"nats/token": 1.0, "nats": 1.0},
+    "bits/byte": {"bits/byte": 1.0, "bits": 1.0},
+    "share": {"share": 1.0, "%": 0.01},
 }
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -56,9 +79,10 @@ _AT_A_PROMPT = (
     "peak_memory_bytes",
 )
 """Metrics that depend on the prompt's length."""
-_RATES = ("tokens_per_second", "tokens_per_second_sustained")
+_RATES = ("tokens_per_second", "tokens_per_second_sustained", "top1_agreement")
+"""What is good when high."""
 _TEXT = re.compile(
-    r"\s*([A-Za-z_]\w*)\s*(>=|<=|=<|=>|==|=|>|<)?\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([^\s@]*)"
+    r"\s*([A-Za-z_]\w*(?:\.[\w-]+)*)\s*(>=|<=|=<|=>|==|=|>|<)?\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([^\s@]*)"
     r"\s*(?:@\s*([0-9][0-9_,]*)\s*(?:tokens?)?\s*)?"
 )
 
@@ -85,7 +109,7 @@ class Budget:
 
     def tighter(self, other: Budget) -> Budget:
         """Return the harder one of two budgets on one metric."""
-        harder = min if self.metric not in _RATES else max
+        harder = max if self.comparison.startswith(">") else min
         return self if harder(self.limit, other.limit) == self.limit else other
 
 
@@ -120,14 +144,20 @@ def _parse(line: str, problems: list[str]) -> Budget | None:
             f"{line!r} is not METRIC >= NUMBER or METRIC <= NUMBER (tokens_per_second >= 30, memory <= 1.5GB)"
         )
         return None
-    name, written, number, unit = match[1], match[2], match[3], match[4] or _unit_of(match[1])
+    name, written, number = match[1], match[2], match[3]
     metric = _SHORT_NAMES.get(name, name)
-    if metric not in METRIC_UNITS:
-        problems.append(f"{line!r}: {name} is no metric{did_you_mean(name, [*METRIC_UNITS, *_SHORT_NAMES])}")
+    if not _is_metric(metric):
+        known = [*METRIC_UNITS, *QUALITY_UNITS, *_SHORT_NAMES]
+        problems.append(f"{line!r}: {name} is no metric{did_you_mean(name, known)}")
         return None
-    good = ">=" if metric in _RATES else "<="
+    if metric.startswith(TASK) and written is None:
+        problems.append(f"{line!r}: write >= or <=, as only you know which way {name} is good")
+        return None
+    good = written[0] + "=" if metric.startswith(TASK) else ">=" if metric in _RATES else "<="
     comparison = written or good
-    units = _UNITS[METRIC_UNITS[metric]]
+    quality = metric.startswith(TASK) or metric in QUALITY_UNITS
+    unit = match[4] or (unit_of(metric) if quality else _unit_in(name))
+    units = _UNITS[unit_of(metric)]
     before = len(problems)
     if comparison not in (good, good[0]):
         problems.append(
@@ -149,7 +179,34 @@ def _parse(line: str, problems: list[str]) -> Budget | None:
     return Budget(metric, comparison, limit, f"{comparison} {number} {unit}{at}", at_tokens)
 
 
-def _unit_of(name: str) -> str:
+def read_budgets(path: Path | str) -> list[str] | dict[str, Any]:
+    """Return what a YAML file of budgets holds, for `parse_budgets`. Raises RecipeError if it is no such file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"budgets {path}: cannot be read ({error}).") from error
+    if isinstance(found, Mapping) and set(found) == {"budgets"}:
+        found = found["budgets"]
+    if isinstance(found, Mapping) and found:
+        return {str(key): value for key, value in found.items()}
+    if isinstance(found, list) and found and all(isinstance(line, str) for line in found):
+        return found
+    raise RecipeError(f"budgets {path}: needed a list of lines (tokens_per_second >= 30) or a mapping (memory: 1.5GB).")
+
+
+def unit_of(metric: str) -> str:
+    """Return the unit of a metric's values."""
+    return "share" if metric.startswith(TASK) else {**METRIC_UNITS, **QUALITY_UNITS}[metric]
+
+
+def _is_metric(name: str) -> bool:
+    of_a_task = name.startswith(TASK) and name.count(".") >= _TASK_DOTS
+    return of_a_task or name in METRIC_UNITS or name in QUALITY_UNITS
+
+
+def _unit_in(name: str) -> str:
     """Return the unit that a name ends in, or nothing."""
     return next((unit for ending, unit in _UNIT_IN_NAME.items() if name.endswith(ending)), "")
 

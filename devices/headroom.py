@@ -35,6 +35,7 @@ from dwindle.devices.cost_model import (
     CACHE_READS,
     LOAD_SECONDS,
     MEMORY_COSTS,
+    METRIC_UNITS,
     UNMEASURED_MEMORY_COST,
     WIDENING_SECONDS,
 )
@@ -110,6 +111,8 @@ def headroom(profile: DeviceProfile, budgets: Iterable[Budget], place: Place) ->
 
 
 def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Limit]:
+    if budget.metric not in METRIC_UNITS:
+        raise RecipeError(f"{budget.metric} {budget.text}: a device says nothing about quality. Leave it to validate.")
     unit, end = profile.compute_units[profile.runtimes[place.runtime].unit], place.end
     rate = unit.bandwidth_share.at(end) * profile.bandwidth.at(end)
     overhead = unit.overhead.at("high" if end == "low" else "value")

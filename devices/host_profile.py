@@ -25,7 +25,7 @@ from typing import Any
 from dwindle.devices.device_profile import ComputeUnit, DeviceProfile, Memory, Runtime
 from dwindle.devices.quantity import Dimension, Quantity, Trust
 
-__all__ = ["measure_profile"]
+__all__ = ["host_memory", "measure_profile"]
 
 _ONNX_FORMATS = ("float32", "float16", "int2", "int4", "int8")
 _COPY_BYTES = 128 * 2**20
@@ -39,31 +39,40 @@ _ACCURACY_FLOAT32, _ACCURACY_INT8 = 1, 4
 """MatMulNBits' accuracy_level of float32 and int8 activations."""
 
 
+def _number(
+    value: float,
+    unit: str,
+    dimension: Dimension,
+    source: str,
+    trust: Trust = "measured",
+    low: float | None = None,
+    high: float | None = None,
+) -> Quantity:
+    return Quantity(value, unit, dimension, source, datetime.now(UTC).date().isoformat(), trust, low, high)
+
+
+def host_memory() -> Memory:
+    """Return what the operating system says of this machine's memory now."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = memory.total / 1e9, min(memory.available, memory.total) / 1e9
+    return Memory(
+        physical=_number(total, "GB", "memory", "The operating system"),
+        default=_number(free, "GB", "memory", "Memory the operating system calls available now"),
+        pessimistic=_number(free / 2, "GB", "memory", "Half of the memory available now", "derived"),
+    )
+
+
 @functools.cache
 def measure_profile() -> DeviceProfile:
     """Return this machine's profile; measured once per process."""
-    import psutil
-
-    today = datetime.now(UTC).date().isoformat()
-
-    def number(
-        value: float,
-        unit: str,
-        dimension: Dimension,
-        source: str,
-        trust: Trust = "measured",
-        low: float | None = None,
-        high: float | None = None,
-    ) -> Quantity:
-        return Quantity(value, unit, dimension, source, today, trust, low, high)
-
-    memory, system = psutil.virtual_memory(), platform.platform(terse=True)
-    total, free = memory.total / 1e9, min(memory.available, memory.total) / 1e9
+    memory, system = host_memory(), platform.platform(terse=True)
     float_flops, packed = _matrix_flops(), _packed_flops()
     prompt = [float_flops, *(row["prompt"] for row in packed.values())]
     copied = _copy_bandwidth()
     share = min(1.0, _read_bandwidth() / copied)
-    compute = number(
+    compute = _number(
         packed[_ACCURACY_FLOAT32]["prompt"] / 1e9 if packed else float_flops / 1e9,
         "GFLOP/s",
         "compute",
@@ -76,7 +85,7 @@ def measure_profile() -> DeviceProfile:
     )
     unit = ComputeUnit(
         effective_compute=compute,
-        bandwidth_share=number(
+        bandwidth_share=_number(
             share,
             "share",
             "share",
@@ -85,9 +94,9 @@ def measure_profile() -> DeviceProfile:
             0.6 * share,
             min(1, 1.4 * share),
         ),
-        overhead=number(1.0, "ms", "time", "0.1 to 3 ms per token over models and backends", "derived", 0.1, 3.0),
-        sustained=number(1.0, "share", "share", "Mains-powered machines hold their rate", "derived", 0.8, 1.0),
-        decode_compute=number(
+        overhead=_number(1.0, "ms", "time", "0.1 to 3 ms per token over models and backends", "derived", 0.1, 3.0),
+        sustained=_number(1.0, "share", "share", "Mains-powered machines hold their rate", "derived", 0.8, 1.0),
+        decode_compute=_number(
             packed[_ACCURACY_FLOAT32]["decode"] / 1e9,
             "GFLOP/s",
             "compute",
@@ -102,17 +111,13 @@ def measure_profile() -> DeviceProfile:
     return DeviceProfile(
         name="host",
         title=f"this machine ({platform.system()} {platform.machine()}, {os.cpu_count()} processors)",
-        memory=Memory(
-            physical=number(total, "GB", "memory", "The operating system"),
-            default=number(free, "GB", "memory", "Memory the operating system calls available now"),
-            pessimistic=number(free / 2, "GB", "memory", "Half of the memory available now", "derived"),
-        ),
-        bandwidth=number(copied / 1e9, "GB/s", "bandwidth", f"Copy of {_COPY_BYTES >> 20} MiB in numpy"),
+        memory=memory,
+        bandwidth=_number(copied / 1e9, "GB/s", "bandwidth", f"Copy of {_COPY_BYTES >> 20} MiB in numpy"),
         compute_units={"cpu": unit},
         runtimes={
             "onnx": Runtime("cpu", system, _ONNX_FORMATS, {system: _ONNX_FORMATS}),
         },
-        storage=number(
+        storage=_number(
             1.0, "GB/s", "bandwidth", "A judgement; a file read before comes from memory", "unverified", 0.2, 8.0
         ),
     )

@@ -5,6 +5,9 @@ that can run none of them still gets a verdict, with unknown metrics, so its bud
 `host` the artifact is run and measured; on a profile it is estimated, and an estimate never meets `require: measured`.
 Memory has a budget even when nobody set one: what the profile says one app may use. A budget at a prompt of its own
 (`time_to_first_token_ms <= 300 @ 512`) is judged on a metric of its own, estimated or measured at that length.
+
+A measurement that the run folder keeps (`dwindle bench --on ... --profile NAME`) replaces the estimates it measured; on
+`host` it saves measuring anew. Budgets on quality are held to what the last step of the artifact's variant measured.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from dwindle.devices.bench_options import BenchOptions
-from dwindle.devices.budgets import Budget, parse_budgets
-from dwindle.devices.cost_model import METRIC_UNITS, Estimate, estimate
-from dwindle.devices.device_profile import DeviceProfile, load_profile
-from dwindle.devices.targets import measure
+from dwindle.devices.budgets import QUALITY_UNITS, TASK, Budget, parse_budgets, unit_of
+from dwindle.devices.cost_model import METRIC_UNITS, estimate
+from dwindle.devices.device_profile import DeviceProfile, Memory, load_profile
+from dwindle.devices.host_profile import host_memory
+from dwindle.devices.kept import Kept
 from dwindle.devices.workload import Workload
 from dwindle.errors import RecipeError
-from dwindle.report import Artifact, Metric, Report, Skipped, TargetVerdict
+from dwindle.report import Artifact, Metric, Report, Skipped, StepRecord, TargetVerdict
 
 __all__ = ["ValidateOptions", "junit", "run", "validate"]
 
 _NAME_OF_HOST = "host"
+_ON_HOST = ("onnx",)
+"""Formats whose runtime is meant for a machine like this; Core AI's is an interpreter here."""
 
 
 @dataclass(frozen=True)
@@ -80,77 +86,141 @@ class ValidateOptions:
 
 
 def run(
-    options: ValidateOptions, artifacts: Sequence[tuple[Artifact, Path]]
+    options: ValidateOptions,
+    artifacts: Sequence[tuple[Artifact, Path]],
+    *,
+    steps: Sequence[StepRecord] = (),
+    folder: Path | None = None,
 ) -> tuple[tuple[TargetVerdict, ...], tuple[Skipped, ...]]:
     """Return a verdict for each target and each artifact it can run, and what was skipped.
 
-    `artifacts` gives each artifact with the folder or package it lies in. Profiles are loaded first, so a wrong name
+    `artifacts` gives each artifact with the folder or package it lies in, `steps` what quality it has, `folder` the run
+    folder whose measurements count (and where one of this machine is kept). Profiles are loaded first, so a wrong name
     is an error before anything is measured.
     """
-    profiles = [load_profile(name) for name in options.targets]
+    devices = [_Device.of(name) for name in options.targets]
+    kept = Kept.of(folder)
     verdicts: list[TargetVerdict] = []
     skipped: list[Skipped] = []
-    for profile in profiles:
+    for device in devices:
+        judge = _Judge(device, options, kept, tuple(steps))
         judged: list[TargetVerdict] = []
         for artifact, place in artifacts:
-            verdict, missing = _judge(profile, artifact, place, options)
+            verdict, missing = judge.verdict(artifact, place)
             skipped += missing
             judged += [verdict] if verdict else []
-        if not judged:
-            judged = [validate(profile, None, options.parsed_budgets(), require=options.require, memory=options.memory)]
-        verdicts += judged
+        verdicts += judged or [judge.held(None)]
     return tuple(verdicts), tuple(skipped)
 
 
-def _judge(
-    profile: DeviceProfile, artifact: Artifact, place: Path, options: ValidateOptions
-) -> tuple[TargetVerdict | None, list[Skipped]]:
-    what = f"{artifact.format}{f' ({artifact.variant})' if artifact.variant else ''} on {profile.name}"
-    if profile.name == _NAME_OF_HOST:
-        if artifact.format != "onnx":
+@dataclass(frozen=True)
+class _Device:
+    """What a verdict needs of a target. Of this machine, which is measured, only its memory: no profile is made."""
+
+    name: str
+    title: str
+    memory: Memory
+    profile: DeviceProfile | None = None
+
+    @classmethod
+    def of(cls, name: str) -> _Device:
+        if name == _NAME_OF_HOST:
+            return cls(name, "this machine", host_memory())
+        return cls.from_profile(load_profile(name))
+
+    @classmethod
+    def from_profile(cls, profile: DeviceProfile) -> _Device:
+        return cls(profile.name, profile.title, profile.memory, profile)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """One target, and what is known beside the artifacts."""
+
+    device: _Device
+    options: ValidateOptions
+    kept: Kept
+    steps: tuple[StepRecord, ...]
+
+    @property
+    def is_host(self) -> bool:
+        return self.device.profile is None
+
+    def held(self, found: Mapping[str, Metric] | None) -> TargetVerdict:
+        options = self.options
+        return _verdict(self.device, found, options.parsed_budgets(), options.require, options.memory)
+
+    def verdict(self, artifact: Artifact, place: Path) -> tuple[TargetVerdict | None, list[Skipped]]:
+        """Return the verdict on one artifact, or None if the target does not run it; and what was skipped."""
+        name = self.device.name
+        what = f"{artifact.format}{f' ({artifact.variant})' if artifact.variant else ''} on {name}"
+        if self.is_host and artifact.format not in _ON_HOST:
             return None, [Skipped(what, f"this machine has no runtime for {artifact.format} that dwindle can time")]
-        found = Estimate(measure(place, options=options.bench()).metrics(), "onnx", "cpu")
-    else:
+        skipped = self.kept.passed_over(name, artifact)
+        found, refusal = self._metrics(artifact, place, self.options.prompt_tokens, self.options.context)
+        if found is None:
+            return None, [*skipped, *(Skipped(what, line.why) for line in refusal)]
+        beside, missing = self._at_own_prompts(artifact, place)
+        quality = _quality(artifact, self.steps)
+        asked = {b.metric for b in self.options.parsed_budgets()}
+        found = {**found, **beside, **{key: metric for key, metric in quality.items() if key in asked}}
+        verdict = replace(self.held(found), variant=artifact.variant, artifact=artifact.path)
+        return verdict, [*skipped, *missing]
+
+    def _metrics(
+        self, artifact: Artifact, place: Path, prompt: int, context: int | None
+    ) -> tuple[dict[str, Metric] | None, tuple[Skipped, ...]]:
+        """Return measured or estimated metrics after a prompt of so many tokens, or None and the reason."""
+        if self.device.profile is None:
+            bench = replace(self.options.bench(), prompt_tokens=prompt)
+            return self.kept.on_this_machine(artifact, place, bench).metrics(), ()
+        measured = self.kept.newest(self.device.name, artifact, prompt)
         workload = Workload.from_artifact(artifact)
         longest = workload.context_length or None
-        context = min(options.context, longest) if options.context and longest else options.context
-        found = estimate(profile, workload, options.prompt_tokens, context)
-        if found.runtime is None:
-            return None, [Skipped(what, line.why) for line in found.skipped]
-    found, skipped = _at_own_prompts(found, profile, artifact, place, options)
-    verdict = validate(profile, found, options.parsed_budgets(), require=options.require, memory=options.memory)
-    return replace(verdict, variant=artifact.variant, artifact=artifact.path), skipped
+        room = min(context, longest) if context and longest else context
+        estimated = estimate(self.device.profile, workload, prompt, room)
+        if estimated.runtime is None and measured is None:
+            return None, estimated.skipped
+        return {**estimated.metrics, **(measured.metrics() if measured else {})}, ()
+
+    def _at_own_prompts(self, artifact: Artifact, place: Path) -> tuple[dict[str, Metric], list[Skipped]]:
+        """Return a metric for every budget that names a prompt's length, and what could not be had."""
+        metrics: dict[str, Metric] = {}
+        skipped = []
+        asked = [budget for budget in self.options.parsed_budgets() if budget.at_tokens is not None]
+        for tokens in dict.fromkeys(budget.at_tokens for budget in asked if budget.at_tokens is not None):
+            names = [budget.metric for budget in asked if budget.at_tokens == tokens]
+            context = int(artifact.details.get("context_length", 0))
+            room = context // 2 if self.is_host else context
+            if context and tokens > room:
+                why = f"{artifact.path} takes {context:,} tokens"
+                why += ", half of them as a prompt" if room < context else ""
+                skipped.append(Skipped(f"{', '.join(names)} @ {tokens} on {self.device.name}", why))
+                continue
+            there, _ = self._metrics(artifact, place, tokens, None)
+            for name in names:
+                if there and name in there:
+                    metrics[f"{name} @ {tokens}"] = replace(there[name], name=f"{name} @ {tokens}")
+        return metrics, skipped
 
 
-def _at_own_prompts(
-    found: Estimate, profile: DeviceProfile, artifact: Artifact, place: Path, options: ValidateOptions
-) -> tuple[Estimate, list[Skipped]]:
-    """Return `found` with a metric for every budget that names a prompt's length, and what could not be had."""
-    metrics, skipped = dict(found.metrics), []
-    asked = [budget for budget in options.parsed_budgets() if budget.at_tokens is not None]
-    for tokens in dict.fromkeys(budget.at_tokens for budget in asked if budget.at_tokens is not None):
-        names = [budget.metric for budget in asked if budget.at_tokens == tokens]
-        context = int(artifact.details.get("context_length", 0))
-        room = context // 2 if profile.name == _NAME_OF_HOST else context
-        if context and tokens > room:
-            why = f"{artifact.path} takes {context:,} tokens" + (", half of them as a prompt" if room < context else "")
-            skipped.append(Skipped(f"{', '.join(names)} @ {tokens} on {profile.name}", why))
+def _quality(artifact: Artifact, steps: Sequence[StepRecord]) -> dict[str, Metric]:
+    """Return what the steps of an artifact's variant measured last: of the model, and of its adapters' tasks."""
+    found: dict[str, Metric] = {}
+    for step in steps:
+        if step.variant not in (None, artifact.variant):
             continue
-        if profile.name == _NAME_OF_HOST:
-            bench = replace(options.bench(), prompt_tokens=tokens)
-            there = measure(place, options=bench).metrics()
-        else:
-            workload = Workload.from_artifact(artifact)
-            there = dict(estimate(profile, workload, tokens, runtime=found.runtime).metrics)
-        for name in names:
-            if name in there:
-                metrics[f"{name} @ {tokens}"] = replace(there[name], name=f"{name} @ {tokens}")
-    return replace(found, metrics=metrics), skipped
+        values = {name: getattr(step.after, name) for name in QUALITY_UNITS}
+        task, scores = step.details.get("task"), step.details.get("metrics_after")
+        if task is not None and isinstance(scores, Mapping):
+            values |= {f"{TASK}{task}.{name}": value for name, value in scores.items()}
+        found |= {n: Metric(n, float(v), unit_of(n), "measured") for n, v in values.items() if v is not None}
+    return found
 
 
 def validate(
     profile: DeviceProfile,
-    found: Estimate | None,
+    found: Mapping[str, Metric] | None,
     budgets: Sequence[Budget],
     *,
     require: Literal["measured"] | None = None,
@@ -160,23 +230,33 @@ def validate(
 
     `found` None means that the device runs none of the artifacts: every budget fails.
     """
+    return _verdict(_Device.from_profile(profile), found, budgets, require, memory)
+
+
+def _verdict(
+    device: _Device,
+    found: Mapping[str, Metric] | None,
+    budgets: Sequence[Budget],
+    require: Literal["measured"] | None,
+    memory: str,
+) -> TargetVerdict:
     unknown = {name: Metric(name, None, unit, "estimated") for name, unit in METRIC_UNITS.items()}
-    metrics = dict(found.metrics) if found is not None else unknown
+    metrics = dict(found if found is not None else unknown)
     by_metric = {budget.key: budget for budget in budgets}
     if found is not None:
-        limit = _memory_limit(profile, memory)
+        limit = _memory_limit(device, memory)
         asked = by_metric.get(limit.metric)
         by_metric[limit.metric] = limit if asked is None else asked.tighter(limit)
     for name in by_metric:
-        metrics.setdefault(name, replace(unknown[by_metric[name].metric], name=name))
+        metrics.setdefault(name, Metric(name, None, unit_of(by_metric[name].metric), "estimated"))
     judged = tuple(_held(metric, by_metric.get(name), require) for name, metric in metrics.items())
-    return TargetVerdict(profile.name, judged)
+    return TargetVerdict(device.name, judged)
 
 
-def _memory_limit(profile: DeviceProfile, which: str) -> Budget:
-    limit = getattr(profile.memory, which)
+def _memory_limit(device: _Device, which: str) -> Budget:
+    limit = getattr(device.memory, which)
     if limit is None:
-        raise RecipeError(f"memory={which!r}: {profile.title} knows no such limit. Use default or pessimistic.")
+        raise RecipeError(f"memory={which!r}: {device.title} knows no such limit. Use default or pessimistic.")
     return Budget("peak_memory_bytes", "<=", limit.at(), f"<= {limit.value:.3g} {limit.unit} (what an app may use)")
 
 

@@ -265,13 +265,16 @@ class _Line:
     def _validate(self, index: int, artifacts: list[tuple[Artifact, Path]]) -> None:
         options = self.recipe.options[index, None]
         profiles = {name: profile_sha256(name) for name in options.targets}
-        inputs = {"artifacts": {a.path: a.sha256 for a, _ in artifacts}, "profiles": profiles}
+        kept = [m.to_json() for m in devices.read_measurements(self.folder.path) if m.profile != "host"]
+        quality = [step.after.to_json() for step in self.report.steps]
+        inputs = {"artifacts": {a.path: a.sha256 for a, _ in artifacts}, "profiles": profiles,
+                  "measurements": hash_json(kept), "quality": hash_json(quality)}  # fmt: skip
         key = self._key("validate", None, options, inputs, "devices")
         place = self.folder.step_folder(index + 1, "validate", None)
         entry = self.folder.cached(place, key)
         if entry is None:
             self.notify("validate: estimating for the targets, measuring on this host")
-            verdicts, skipped = devices.run(options, artifacts)
+            verdicts, skipped = devices.run(options, artifacts, steps=self.report.steps, folder=self.folder.path)
             entry = self.folder.store(
                 place,
                 key,

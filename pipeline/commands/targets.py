@@ -155,32 +155,68 @@ def _spread(metric: Any) -> str:
 @click.argument("folder", metavar="RUN", type=click.Path())
 @click.option("--target", "targets", multiple=True, help="Device profile; repeat.  [default: the run's recipe]")
 @click.option("--budget", "budgets", multiple=True, metavar="LIMIT", help="As in 'tokens_per_second >= 30'; repeat.")
+@click.option("--budgets", "file", help="YAML file of such limits.  [default: the run's recipe, with no --budget]")
 @click.option("--require", help="measured: an estimate does not meet a budget.")
-@click.option("--junit", type=click.Path(), help="Also write JUnit XML for a build server.")
+@click.option("--junit", type=click.Path(), help="Also write the JUnit XML here, besides RUN/validation.xml.")
 @json_option
-def validate(folder: str, targets: tuple[str, ...], budgets: tuple[str, ...], require: str | None, junit: str | None,
-             as_json: bool) -> int:  # fmt: skip
-    """Hold the artifacts of RUN to budgets on device profiles; exit 1 if one is missed."""
+def validate(folder: str, targets: tuple[str, ...], budgets: tuple[str, ...], file: str | None, require: str | None,
+             junit: str | None, as_json: bool) -> int:  # fmt: skip
+    """Hold the artifacts of RUN to budgets on device profiles; exit 1 if one is missed.
+
+    Writes RUN/validation.json and RUN/validation.xml (JUnit). Measurements that RUN keeps replace estimates.
+    """
     from dwindle import devices as room
-    from dwindle.pipeline.summary import summary
     from dwindle.pipeline.write_reports import read_report
     from dwindle.report import Report
-    from dwindle.storage import write_text
+    from dwindle.storage import write_json, write_text
 
     run = read_report(Path(folder))
-    values: dict[str, Any] = {"targets": targets, "budgets": budgets, "require": require}
+    values = _recipe_values(Path(folder))
+    limits = room.parse_budgets(budgets) and list(budgets)
+    if file is not None:
+        found = room.read_budgets(file)
+        limits = [*limits, *([f"{k} {v}" for k, v in found.items()] if isinstance(found, dict) else found)]
+    given: dict[str, Any] = {"targets": targets, "budgets": tuple(limits), "require": require}
+    values |= {key: value for key, value in given.items() if value}
     options = made_options(room.ValidateOptions, values, "validate")
-    verdicts, skipped = room.run(options, [(a, Path(folder) / a.path) for a in run.artifacts])
+    verdicts, skipped = room.run(options, [(a, Path(folder) / a.path) for a in run.artifacts], steps=run.steps,
+                                 folder=Path(folder))  # fmt: skip
     report = Report(artifacts=run.artifacts, targets=verdicts, skipped=skipped)
-    if junit:
-        write_text(Path(junit), room.junit(report))
+    write_json(Path(folder) / "validation.json", report.to_json())
+    for place in (Path(folder) / "validation.xml", *([Path(junit)] if junit else [])):
+        write_text(place, room.junit(report))
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
     else:
-        click.echo(summary(report))
+        click.echo("\n".join(_verdict_lines(verdicts, skipped)))
     for line in report.failures:
         click.echo(f"FAILED {line}", err=True)
     return report.exit_code
+
+
+def _recipe_values(folder: Path) -> dict[str, Any]:
+    """Return what the run's recipe gives to its validate step; nothing where there is no recipe or no such step."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        steps = [step["validate"] for step in recipe["steps"] if isinstance(step, dict) and "validate" in step]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        return {}
+    return dict(steps[-1]) if steps and isinstance(steps[-1], dict) else {}
+
+
+def _verdict_lines(verdicts: Any, skipped: Any) -> list[str]:
+    """Return a line per target and artifact with its verdict, and below it one per metric with value and basis."""
+    lines = []
+    for target in verdicts:
+        verdict = {True: "passed", False: "FAILED", None: "no budget"}[target.passed]
+        lines.append(f"{target.profile}: {verdict}{f'  ({target.artifact})' if target.artifact else ''}")
+        for metric in target.metrics:
+            value = "not known" if metric.value is None else f"{metric.value:,.4g} {metric.unit}"
+            held = {True: f"  ok: {metric.budget}", False: f"  MISSED: {metric.budget}", None: ""}[metric.passed]
+            lines.append(f"  {metric.name:32} {value} ({metric.basis}{_spread(metric)}){held}")
+    return [*lines, *(f"Not done: {line.what}: {line.why}" for line in skipped)]
 
 
 @click.command()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from dwindle.devices.budgets import parse_budgets
+from dwindle.devices.budgets import parse_budgets, read_budgets
 from dwindle.errors import RecipeError
 
 
@@ -82,3 +84,52 @@ def test_a_prompt_of_its_own() -> None:
         ("time_to_first_token_seconds @ 512", 0.2), ("time_to_first_token_seconds", 0.1)]  # fmt: skip
     (named,) = parse_budgets({"time_to_first_token_ms": "<= 300 @ 512"})
     assert (named.limit, named.at_tokens) == (0.3, 512)
+
+
+@pytest.mark.parametrize(
+    ("line", "metric", "comparison", "limit"),
+    [
+        ("kl <= 0.05", "kl_nats_per_token", "<=", 0.05),
+        ("kl 0.05 nats", "kl_nats_per_token", "<=", 0.05),
+        ("bits_per_byte <= 1.1", "bits_per_byte", "<=", 1.1),
+        ("nats_per_token <= 2", "nats_per_token", "<=", 2),
+        ("top1_agreement >= 90%", "top1_agreement", ">=", 0.9),
+        ("agreement >= 0.9", "top1_agreement", ">=", 0.9),
+        ("task.sums.exact_match >= 0.8", "task.sums.exact_match", ">=", 0.8),
+        ("task.sums-2.loss <= 1.5", "task.sums-2.loss", "<=", 1.5),
+    ],
+)
+def test_quality(line: str, metric: str, comparison: str, limit: float) -> None:
+    (budget,) = parse_budgets([line])
+    assert (budget.metric, budget.comparison, budget.limit) == (metric, comparison, pytest.approx(limit))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("kl >= 0.05", "good when low"),
+        ("top1_agreement <= 0.9", "good when high"),
+        ("kl <= 0.05 GB", "GB is no unit"),
+        ("task.sums.exact_match 0.8", "only you know"),
+        ("task.sums >= 0.8", "no metric"),
+        ("kl <= 0.05 @ 512", "length of a prompt"),
+    ],
+)
+def test_quality_that_cannot_be_meant(line: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_budgets([line])
+
+
+def test_files(tmp_path: Path) -> None:
+    file = tmp_path / "budgets.yaml"
+    file.write_text("- tokens_per_second >= 30\n- kl <= 0.1\n")
+    assert len(parse_budgets(read_budgets(file))) == 2
+    file.write_text("budgets: {memory: 1.5GB}\n")
+    assert parse_budgets(read_budgets(file))[0].limit == 1.5e9
+    for wrong in ("3\n", "[]\n", "- {a: b}\n"):
+        file.write_text(wrong)
+        with pytest.raises(RecipeError, match="needed a list of lines"):
+            read_budgets(file)
+    for place in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match="cannot be read"):
+            read_budgets(place)

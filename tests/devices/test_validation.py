@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dwindle.devices import ValidateOptions, junit, run, validation
+from dwindle.devices import ValidateOptions, junit, kept, run
+from dwindle.devices.cost_model import METRIC_UNITS
 from dwindle.errors import RecipeError
-from dwindle.report import Artifact, Metric, Parity, Report, Skipped, TargetVerdict
+from dwindle.report import Artifact, Measurement, Metric, Parity, Report, Skipped, StepRecord, TargetVerdict
 
 from .conftest import write_decoder
 
@@ -149,7 +150,7 @@ def test_a_prompt_of_its_own_is_measured_on_the_host(artifact: Artifact, monkeyp
     asked = []
 
     class Found:
-        def __init__(self, place: Path, options: Any) -> None:
+        def __init__(self, place: Path, *, options: Any) -> None:
             asked.append(options.prompt_tokens)
             self.seconds = options.prompt_tokens / 1000
 
@@ -157,10 +158,33 @@ def test_a_prompt_of_its_own_is_measured_on_the_host(artifact: Artifact, monkeyp
             name = "time_to_first_token_seconds"
             return {name: Metric(name, self.seconds, "seconds", "measured")}
 
-    monkeypatch.setattr(validation, "measure", Found)
+    monkeypatch.setattr(kept, "measure", Found)
     budgets = ("ttft <= 100ms @ 200", "ttft <= 1s @ 400")
     (verdict,), skipped = run(ValidateOptions(("host",), budgets, require="measured"), [(artifact, Path())])
     assert asked == [512, 200]
     assert metric(verdict, "time_to_first_token_seconds @ 200").passed is False
     assert metric(verdict, "time_to_first_token_seconds @ 400").value is None
     assert "half of them as a prompt" in skipped[0].why
+
+
+def test_quality_is_held_to_the_last_step_of_the_variant(artifact: Artifact) -> None:
+    def measured(kl: float, agreement: float) -> Measurement:
+        return Measurement(1, 1, 8.0, nats_per_token=1.0, kl_nats_per_token=kl, top1_agreement=agreement)
+
+    teacher = Measurement(1, 1, 32.0)
+    adapted = {"task": "sums", "metrics_after": {"exact_match": 0.7}}
+    steps = (
+        StepRecord("distill", teacher, measured(0.3, 0.8)),
+        StepRecord("quantize", teacher, measured(0.1, 0.9), variant="onnx", details=adapted),
+        StepRecord("quantize", teacher, measured(0.9, 0.1), variant="apple"),
+    )
+    budgets = ("kl <= 0.2", "top1_agreement >= 95%", "task.sums.exact_match >= 0.6", "task.sums.rouge_l >= 0.6")
+    (verdict,), _ = run(ValidateOptions(("pixel-9",), budgets), [(artifact, Path())], steps=steps)
+    kl, agreement = metric(verdict, "kl_nats_per_token"), metric(verdict, "top1_agreement")
+    assert (kl.value, kl.basis, kl.passed) == (0.1, "measured", True)
+    assert (agreement.value, agreement.passed) == (0.9, False)
+    assert metric(verdict, "task.sums.exact_match").passed is True
+    assert metric(verdict, "task.sums.rouge_l").value is None
+    assert metric(verdict, "task.sums.rouge_l").passed is False
+    (plain,), _ = run(ValidateOptions(("pixel-9",)), [(artifact, Path())], steps=steps)
+    assert {m.name for m in plain.metrics} == set(METRIC_UNITS)
