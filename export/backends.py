@@ -188,7 +188,14 @@ def _write_coreai(
     info = _module("coreai_asset", "coreai").export_coreai(bundle, folder, options)
     compute, number_bytes = ("float16", 2) if options.shapes == "static" else ("float32", 4)
     runtime = {"asset": info.asset.name, "compute": compute, "notes": list(info.notes), **_shapes(options)}
-    return Written(runtime, info.minimum_os, number_bytes)
+    return Written(runtime, info.minimum_os, number_bytes, info.adapters)
+
+
+def _pack_coreai(folder: Path, inputs: Mapping[str, Any], changes: Mapping[str, Factors], base_sha256: str) -> str:
+    made = _module("coreai_adapters", "coreai")
+    made.write_inputs(folder / made.INPUTS_FILE, made.input_arrays(inputs, changes), base_sha256)
+    name: str = made.INPUTS_FILE
+    return name
 
 
 def _open_coreai(folder: Path) -> ExecutedRunner:
@@ -214,6 +221,6 @@ BACKENDS: dict[str, Backend] = {
     "coreai": Backend(
         extra="coreai", libraries=("coreai-core", "coreai-torch", "torch", "transformers"),
         limits=_coreai_limits, problems=_coreai_problems, write=_write_coreai, open=_open_coreai,
-        not_executed=_coreai_not_executed,
+        not_executed=_coreai_not_executed, pack=_pack_coreai, adapters=True,
     ),
 }  # fmt: skip

@@ -8,7 +8,8 @@ Two layouts, as Apple's documents have them:
     static    the Neural Engine, mostly an iPhone. Every shape is fixed; computes in float16, norms in float32.
               input_ids     int32 [1, N]   N = `prefill_tokens` in `prefill`, 1 in `decode`
               position_ids  int32 [1, N]   their positions, consecutive; the first is the slot that is written
-    both      key_cache, value_cache       states [L, 1, K, context, D] of the computing type, zero for a new text
+    both      adapter inputs               where asked for, see `coreai_adapters.py`
+              key_cache, value_cache       states [L, 1, K, context, D] of the computing type, zero for a new text
               logits        [1, T, V]
 
 The decoder of `decoder.py` is exported once for each function with `torch.export` and converted with coreai-torch;
@@ -80,6 +81,8 @@ class CoreAIInfo:
     """What the bundle counts for the same weights (`ModelBundle.size`)."""
     context_length: int
     convert_seconds: float
+    adapters: dict[str, Any]
+    """The inputs for adapters (`AdapterInputs.facts`); empty without any."""
     minimum_os: str = MINIMUM_OS
     notes: tuple[str, ...] = ()
     """What may disappoint on a device; never a reason to fail."""
@@ -99,17 +102,20 @@ def export_coreai(bundle: ModelBundle, folder: Path, options: ExportOptions) -> 
     assert context is not None
     started = time.perf_counter()
     dtype = torch.float16 if options.shapes == "static" else torch.float32
-    decoder = PlacedDecoder.from_codes(bundle, context, dtype)
+    rank = options.adapter_rank if options.shapes == "static" else None
+    decoder = PlacedDecoder.from_codes(bundle, context, dtype, options.adapter_inputs, rank)
     program = StaticProgram(decoder) if options.shapes == "static" else StatefulProgram(decoder)
     tokens = {"prefill": options.prefill_tokens if options.shapes == "static" else None, "decode": 1}
     asset = folder / ASSET
     shutil.rmtree(asset, ignore_errors=True)
     with quiet_coreai():
-        _convert(program, bundle, tokens, asset, _metadata(bundle, options, dtype))
+        _convert(program, bundle, tokens, asset, _metadata(bundle, options, decoder))
     settle(asset)
     return CoreAIInfo(
         asset=asset, bytes=folder_bytes(asset), counted_bytes=bundle.size().bytes, context_length=context,
-        convert_seconds=time.perf_counter() - started, notes=coreai_notes(bundle.anatomy, context, options),
+        convert_seconds=time.perf_counter() - started,
+        adapters=decoder.adapters.facts() if decoder.adapters.names else {},
+        notes=coreai_notes(bundle.anatomy, context, options),
     )  # fmt: skip
 
 
@@ -126,7 +132,8 @@ def _convert(
     with _failures_named(program):
         for name, length in tokens.items():
             converter.add_exported_program(
-                _exported(program, length), entrypoint_name=name, input_names=["input_ids", "position_ids"],
+                _exported(program, length), entrypoint_name=name,
+                input_names=["input_ids", "position_ids", *program.decoder.adapters.names],
                 state_names=list(STATES), output_names=["logits"],
             )  # fmt: skip
         described = AIModelAssetMetadata()
@@ -151,9 +158,10 @@ def _exported(program: StatefulProgram, tokens: int | None) -> Any:
         example = {
             "input_ids": torch.zeros((1, length), dtype=torch.int32),
             "position_ids": torch.arange(total, dtype=torch.int32)[None],
+            "adapters": decoder.adapters.examples(),
             **{name: torch.empty(cache, dtype=decoder.dtype) for name in STATES},
         }
-        dynamic: dict[str, dict[int, Any]] = {name: {} for name in example}
+        dynamic: dict[str, Any] = {name: {} for name in example} | {"adapters": decoder.adapters.dynamic_shapes()}
         if not static:
             dynamic["position_ids"] = {1: torch.export.Dim("total", min=2, max=context)}
             if tokens is None:
@@ -202,9 +210,9 @@ def _refused(found: dict[str, Any]) -> torch.fx.Node | None:
     return next((node for node in nodes if str(node.target) in listed), None)
 
 
-def _metadata(bundle: ModelBundle, options: ExportOptions, dtype: torch.dtype) -> dict[str, str]:
+def _metadata(bundle: ModelBundle, options: ExportOptions, decoder: PlacedDecoder) -> dict[str, str]:
     """Return what the asset says of itself: what Xcode shows, and what a reader needs to feed it."""
-    context, static = options.context_length or 0, options.shapes == "static"
+    context, static, dtype = options.context_length or 0, options.shapes == "static", decoder.dtype
     origin = bundle.lineage.entries[0].options if bundle.lineage.entries else {}
     specs = packed_specs(bundle.model).values()
     kinds = sorted({"{kind} {bits}-bit group {group_size}".format(**spec) for spec in specs})
@@ -228,6 +236,7 @@ def _metadata(bundle: ModelBundle, options: ExportOptions, dtype: torch.dtype) -
             [bundle.anatomy.layers, 1, bundle.anatomy.kv_heads, context, bundle.anatomy.head_dim]
         ),
         "dwindle.minimum_os": MINIMUM_OS,
+        "dwindle.adapters": json.dumps(decoder.adapters.facts() if decoder.adapters.names else {}),
     }
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.bundle import ModelBundle
+from dwindle.export.coreai_adapters import AdapterInputs, take_inputs
 from dwindle.export.coreai_weights import PackedEmbedding, PackedLinear
 from dwindle.export.decoder import MASKED, Decoder, RMSNorm
 from dwindle.quantized_model import packed_specs
@@ -36,9 +37,14 @@ class PlacedDecoder(Decoder):
 
     dtype: torch.dtype
     """What it computes in; norms compute in float32."""
+    adapters: AdapterInputs
+    """Inputs for adapters, which all linears of the layers take; none unless they were asked for."""
 
     @classmethod
-    def from_codes(cls, bundle: ModelBundle, context: int, dtype: torch.dtype) -> PlacedDecoder:
+    def from_codes(
+        cls, bundle: ModelBundle, context: int, dtype: torch.dtype, adapter_inputs: str = "none",
+        adapter_rank: int | None = None,
+    ) -> PlacedDecoder:  # fmt: skip
         """Return the decoder, its floats in `dtype`, its packed weights by name alone; nothing is dequantized."""
         decoder, anatomy, specs = cls(bundle.anatomy, context), bundle.anatomy, packed_specs(bundle.model)
         named = {name: name for name in specs}
@@ -59,6 +65,7 @@ class PlacedDecoder(Decoder):
                 if isinstance(child, RMSNorm):
                     setattr(parent, name, WideNorm(child, dtype))
         decoder.dtype = dtype
+        decoder.adapters = take_inputs(decoder, anatomy, adapter_inputs, adapter_rank, dtype)
         return decoder.to(dtype).eval().requires_grad_(False)
 
     def _narrowed(self, bias: Tensor, window: int | None) -> Tensor:
@@ -123,7 +130,9 @@ class StatefulProgram(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, adapters: list[Tensor], key_cache: Tensor, value_cache: Tensor
+    ) -> Tensor:
         """Return logits [1, T, V]; slots S - T to S of the caches are written."""
         end = position_ids.shape[1]
         past = end - input_ids.shape[1]
@@ -132,7 +141,8 @@ class StatefulProgram(nn.Module):
         cache = _PastCache(key_cache, value_cache, past)
         positions = position_ids.narrow(1, past, input_ids.shape[1])
         distance = (positions.unsqueeze(2) - position_ids.unsqueeze(1)).unsqueeze(1)
-        logits = self.decoder.logits(input_ids, positions, distance, cache)
+        with self.decoder.adapters.bound(adapters):
+            logits = self.decoder.logits(input_ids, positions, distance, cache)
         cache.store()
         return logits
 
@@ -140,7 +150,9 @@ class StatefulProgram(nn.Module):
 class StaticProgram(StatefulProgram):
     """The static layout."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, adapters: list[Tensor], key_cache: Tensor, value_cache: Tensor
+    ) -> Tensor:
         """Return logits [1, N, V]; N slots from the first position on are written."""
         tokens, context = input_ids.shape[1], key_cache.shape[3]
         begin = cast(int, position_ids[0, 0].item())
@@ -149,6 +161,7 @@ class StaticProgram(StatefulProgram):
         cache = _FullCache(key_cache, value_cache, begin)
         slots = cast(Tensor, self.decoder.slots)[None, None, None, :context]
         distance = position_ids[:, None, :, None] - slots
-        logits = self.decoder.logits(input_ids, position_ids, distance, cache)
+        with self.decoder.adapters.bound(adapters):
+            logits = self.decoder.logits(input_ids, position_ids, distance, cache)
         cache.store()
         return logits

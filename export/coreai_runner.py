@@ -13,16 +13,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dwindle.errors import ExportFailed, OutputError, RecipeError
+from dwindle.errors import ExportFailed, OutputError, RecipeError, UnsupportedModel, offenders
+from dwindle.export.adapter_shelf import AdapterShelf
+from dwindle.export.coreai_adapters import INPUTS_FILE, LEAST_RANK, base_arrays
 from dwindle.export.coreai_asset import ASSET, PROGRAM, PROGRAM_HASH, STATES, quiet_coreai
 from dwindle.export.coreai_float32 import widened
 from dwindle.storage import hash_file
@@ -43,6 +46,10 @@ class CoreAIRunner:
             compute = described["dwindle.compute"]
             widen = compute == "float16" and not as_saved
             self._functions = _finished(_loaded(folder / ASSET, widen))
+        self._facts: dict[str, Any] = json.loads(described["dwindle.adapters"])
+        self._shelf: AdapterShelf[dict[str, Any]] = AdapterShelf(
+            folder, described["dwindle.source_sha256"], self._facts.get("inputs", "none")
+        )
         self.context = int(described["dwindle.context_length"])
         self.prefill_tokens = int(described["dwindle.prefill_tokens"])
         """Tokens that `prefill` takes; 0: any number from 2 on."""
@@ -50,7 +57,47 @@ class CoreAIRunner:
         self.executed_by = f"Core AI runtime (coreai-core on the CPU), {how}; no Neural Engine or GPU was used"
         self._shape = json.loads(described["dwindle.state_shape"])
         self._dtype = np.dtype("float32" if widen else compute)
+        self._unchanged = self._arrays(base_arrays(self._facts)) if self._facts else {}
+        self._adapter: dict[str, Any] = self._unchanged
         self.reset()
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Return the names of the adapters that were loaded."""
+        return self._shelf.names
+
+    def load_adapter(self, folder: Path) -> str:
+        """Load a packaged adapter; return its name.
+
+        Raises RecipeError or UnsupportedModel for one that does not belong to this asset, or is damaged.
+        """
+        path = self._shelf.file_of(folder, INPUTS_FILE)
+        try:
+            with safe_open(path, "pt") as held:
+                base = (held.metadata() or {}).get("base_sha256")
+                found = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise UnsupportedModel(f"{path} cannot be read ({error}). Package the adapter again.") from error
+        wanted = base_arrays(self._facts)
+        free = None if self._facts["rank"] else LEAST_RANK
+        strange = sorted(found.keys() ^ wanted.keys())
+        strange += [name for name in found.keys() & wanted.keys() if not _alike(found[name], wanted[name], free)]
+        if strange or base != self._shelf.base_sha256:
+            raise UnsupportedModel(
+                f"{path} was packaged for another export: {len(strange)} arrays are not what this asset takes "
+                f"({offenders(strange, 6)}). Package the adapter for this one."
+            )
+        return self._shelf.add(folder.resolve().name, self._arrays(found))
+
+    def activate(self, name: str | None) -> None:
+        """Use an adapter that was loaded, or with None the base, from the next text on; the cache is emptied."""
+        self._adapter = self._shelf.pick(name) or self._unchanged
+        self.reset()
+
+    def _arrays(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        from coreai.runtime import NDArray
+
+        return {name: NDArray(tensor.float().numpy().astype(self._dtype)) for name, tensor in tensors.items()}
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -58,6 +105,10 @@ class CoreAIRunner:
 
         self._state = {name: NDArray(np.zeros(self._shape, self._dtype)) for name in STATES}
         self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens: later ones write over what is behind them."""
+        self.length = length
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed ids [1, T]; return logits [T, V] float32. Static programs get them in pieces of their own length."""
@@ -90,7 +141,7 @@ class CoreAIRunner:
             positions = np.arange(self.length, self.length + padded, dtype=np.int32)
         else:
             positions = np.arange(end, dtype=np.int32)
-        inputs = {"input_ids": NDArray(ids), "position_ids": NDArray(positions[None])}
+        inputs = {"input_ids": NDArray(ids), "position_ids": NDArray(positions[None]), **self._adapter}
         logits = _finished(self._functions[name](inputs, state=self._state))["logits"].numpy()
         self.length = end
         return logits[0, :tokens].copy()
@@ -123,6 +174,14 @@ def _native_notices_dropped() -> Iterator[None]:
         os.close(kept)
 
 
+def _alike(found: Tensor, wanted: Tensor, free: int | None) -> bool:
+    """Return whether a shape is that of an input; sizes of `free` in what is wanted stand for any."""
+    return found.dim() == wanted.dim() and all(
+        size == needed or (needed == free and size >= needed)
+        for size, needed in zip(found.shape, wanted.shape, strict=True)
+    )
+
+
 def _finished(work: Coroutine[Any, Any, Any]) -> Any:
     """Return what a coroutine returns. It runs on a thread of its own, because the caller may be in an event loop.
 
@@ -143,7 +202,8 @@ def _described(asset: Path) -> dict[str, str]:
         described: Any = AIModelAsset.load(asset).metadata
         metadata = described.creator_defined_metadata
         found = {key: metadata[key] for key in ("dwindle.context_length", "dwindle.prefill_tokens", "dwindle.compute",
-                                                "dwindle.state_shape")}  # fmt: skip
+                                                "dwindle.state_shape", "dwindle.source_sha256",
+                                                "dwindle.adapters")}  # fmt: skip
         whole = bytes.fromhex(hash_file(asset / PROGRAM)) == (asset / PROGRAM_HASH).read_bytes()
     except (RuntimeError, KeyError, OSError) as error:
         raise OutputError(

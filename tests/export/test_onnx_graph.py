@@ -127,6 +127,7 @@ def test_names_shapes_and_opset(operators: Operators, tiny_bundle: Callable[...,
     assert metadata == {
         "dwindle.context_length": "64", "dwindle.source_sha256": bundle.content_sha256,
         "dwindle.operators": operators, "dwindle.kv_cache": "float32", "dwindle.activations": "float32",
+        "dwindle.adapter_inputs": "none",
         "dwindle.minimum_runtime": "onnxruntime 1.24" if operators == "fused" else "onnxruntime 1.23",
     }  # fmt: skip
 
