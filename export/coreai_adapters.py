@@ -55,8 +55,7 @@ class AdapterInputs:
     def examples(self) -> list[Tensor]:
         """Return inputs to trace with."""
         rank = self.rank or _EXAMPLE_RANK
-        shapes = {"lora_a": lambda o, i: (rank, i), "lora_b": lambda o, i: (o, rank), "row_scale": lambda o, i: (o,)}
-        return [torch.zeros(shapes[leaf](*shape), dtype=self.dtype) for shape in self.shapes.values()
+        return [torch.zeros(_shape(leaf, shape, rank), dtype=self.dtype) for shape in self.shapes.values()
                 for leaf in self._leaves]  # fmt: skip
 
     def dynamic_shapes(self) -> list[dict[int, Any]]:
@@ -84,6 +83,11 @@ class AdapterInputs:
         """Return what a manifest says of the inputs; `input_arrays` reads it."""
         return {"inputs": self.kind, "rank": self.rank, "compute": str(self.dtype).removeprefix("torch."),
                 "shapes": {name: list(shape) for name, shape in self.shapes.items()}}  # fmt: skip
+
+
+def _shape(leaf: str, shape: tuple[int, int], rank: int) -> tuple[int, ...]:
+    outputs, inputs = shape
+    return {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "row_scale": (outputs,)}[leaf]
 
 
 class AdaptedLinear(nn.Module):
@@ -133,7 +137,7 @@ def input_arrays(facts: Mapping[str, Any], changes: Mapping[str, Factors]) -> di
     if largest > rank:
         raise RecipeError(f"an adapter of rank {largest} does not fit into an asset of static shapes that was exported "
                           f"for rank {rank}. Export it again with --set adapter_rank={largest}.")  # fmt: skip
-    arrays = {}
+    arrays: dict[str, Tensor] = {}
     for name, (outputs, inputs) in facts["shapes"].items():
         a, b, scale = torch.zeros(rank, inputs), torch.zeros(outputs, rank), torch.ones(outputs)
         if name in changes:
