@@ -7,6 +7,8 @@ arithmetic on the same numbers, bit for bit. Of an embedding that is not the hea
 asks for are read. Final norm, head and what else stands outside the layers are there all the time: a teacher's head is
 read after its forward pass.
 
+Under `torchrun` a model can be sharded instead (`sharded_model`): each process then reads its own rows of every tensor.
+
 Memory on the device: 4 bytes per weight of one layer and of what stands outside the layers (head: 4 V D), and the
 activations of a forward pass without gradients. Time: a pass reads the file once, from the disk or from what the
 operating system holds of it, so larger batches cost less per token.
@@ -32,13 +34,13 @@ from dwindle.causal_model import in_table
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.experts import built_layout
 from dwindle.model_source import attention_of, compare_tensors, quiet_transformers
-from dwindle.sharding import repeated_layers
+from dwindle.sharding import Processes, fill_sharded, repeated_layers, shard
 from dwindle.weight_source import StoredTensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["StoredWeights", "offloaded_model", "weightless_model"]
+__all__ = ["StoredWeights", "offloaded_model", "sharded_model", "weightless_model"]
 
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -145,6 +147,11 @@ class StoredWeights:
         """Return what the files call a parameter; None for joined experts, which are several there."""
         return self._names.get(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a parameter by its name in the model, in the stored type; only they are read."""
+        stored = self._names.get(name)
+        return self.read([name])[name][start:stop] if stored is None else self.source.read(stored, start, stop)
+
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Return parameters by their names in the model, in the stored type."""
         found = {name: self.source.read(self._names[name]) for name in names if name in self._names}
@@ -203,10 +210,8 @@ class _EmbeddingRows:
         module._parameters["weight"] = self._empty
 
 
-def offloaded_model(
-    folder: Path, config: PretrainedConfig, device: torch.device | str = "cpu"
-) -> tuple[PreTrainedModel, StoredWeights]:
-    """Return a model that reads its layers from `folder` as they run, and where its weights stand.
+def offloaded_model(folder: Path, config: PretrainedConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Return a model that reads its layers from `folder` as they run.
 
     It computes what the resident one computes; its parameters must not be trained, and outside of a layer's forward
     pass that layer has none. Raises UnsupportedModel for a checkpoint whose files name other tensors.
@@ -235,7 +240,23 @@ def offloaded_model(
         embedding.register_forward_hook(rows.empty, always_call=True)
     _Slots(model, [name for name in names if name in rest], weights, device).fill()
     _place_buffers(model, weights, device)
-    return model, weights
+    return model
+
+
+def sharded_model(
+    folder: Path, config: PretrainedConfig, device: torch.device | str, processes: Processes
+) -> PreTrainedModel:
+    """Return a model to read from that is sharded over the processes; each reads its own rows of every tensor.
+
+    So no process ever holds the whole of it. All processes must call it in step. Raises as `offloaded_model` does.
+    """
+    device = torch.device(device)
+    model = weightless_model(config)
+    weights = StoredWeights(model, folder)
+    shard(model, processes, device.type, keeps_root=True)
+    fill_sharded(model, lambda name, start, stop: weights.rows(name, start, stop).to(device).float())
+    _place_buffers(model, weights, device)
+    return model
 
 
 def _place_buffers(model: nn.Module, weights: StoredWeights, device: torch.device) -> None:

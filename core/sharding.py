@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Processes", "Sharded", "repeated_layers", "sharded_reader", "whole"]
+__all__ = ["Processes", "Sharded", "fill_sharded", "repeated_layers", "shard", "sharded_reader", "whole"]
 
 _T = TypeVar("_T")
 
@@ -52,6 +53,12 @@ class Processes:
     def first(self) -> bool:
         """Return whether this process writes the files that exist once."""
         return self.rank == 0
+
+    def device(self, asked: torch.device) -> torch.device:
+        """Return where this process computes if `asked` for a kind of device: under `torchrun` its own GPU."""
+        if asked.type != "cuda" or self.world == 1:
+            return asked
+        return torch.device("cuda", torch.cuda.current_device())
 
     def shared(self, value: _T) -> _T:
         """Return the first process's `value` in every process."""
@@ -98,17 +105,42 @@ def sharded_reader(plain: nn.Module, processes: Processes) -> nn.Module:
     if device.type == "cuda":
         plain.to(torch.device("cuda", torch.cuda.current_device()))
     twin = copy.deepcopy(plain, {id(p): p for p in plain.parameters()}).eval().requires_grad_(False)
-    _shard(twin, processes, keeps_root=True)
+    shard(twin, processes, device.type, keeps_root=True)
     if device.type == "cuda":
         plain.to("cpu")
     return twin
 
 
-def _shard(module: nn.Module, processes: Processes, *, keeps_root: bool = False) -> None:
-    mesh = init_device_mesh(next(module.parameters()).device.type, (processes.world,))
+def shard(module: nn.Module, processes: Processes, device_type: str, *, keeps_root: bool = False) -> None:
+    """Shard decoder layers and root in place; with `keeps_root` what is outside the layers stays gathered, once it is.
+
+    Parameters may be on the meta device still: `fill_sharded` gives them values.
+    """
+    mesh = init_device_mesh(device_type, (processes.world,))
     for layer in repeated_layers(module):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=False if keeps_root else None)
+
+
+def fill_sharded(module: nn.Module, rows_of: Callable[[str, int, int], Tensor]) -> None:
+    """Give the parameters of a sharded module that is on the meta device this process's rows of each of them.
+
+    `rows_of(name, start, stop)` returns those rows of a parameter, on the device they are to stay on.
+    """
+    parameters: dict[str, nn.Parameter] = dict(module.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor)
+        if id(parameter) in made:
+            continue
+        mesh, length = parameter.device_mesh, parameter.shape[0]
+        most = -(-length // mesh.size())
+        start = min(length, mesh.get_local_rank() * most)
+        rows = rows_of(name, start, min(length, start + most))
+        value = DTensor.from_local(rows, mesh, parameter.placements, run_check=False, shape=parameter.shape,
+                                   stride=parameter.stride())  # fmt: skip
+        made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    module.load_state_dict({name: made[id(p)] for name, p in parameters.items()}, strict=False, assign=True)
 
 
 class Sharded:
@@ -127,7 +159,7 @@ class Sharded:
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._plain.to(self._device)
         twin = copy.deepcopy(self._plain, {id(p): p for p in self._plain.parameters()})
-        _shard(twin, processes)
+        shard(twin, processes, self._device.type)
         if self._device.type == "cuda":
             self._plain.to("cpu")
         return twin

@@ -189,9 +189,15 @@ class Reader(Protocol):
 def map_between(teacher: Reader, student: ModelBundle) -> VocabularyMap | None:
     """Return the map by which `teacher` reads what `student` reads; None where both have one vocabulary.
 
-    Raises UnsupportedModel where there is no such map: two vocabularies that no cut relates.
+    A teacher of the same tokenizer whose embedding is longer has more rows that stand for no token (Qwen 2.5 pads its
+    sizes differently): the student's rows are kept. Raises UnsupportedModel where there is no such map: two
+    vocabularies that no cut relates.
     """
     return map_from(teacher, student.anatomy.vocab, student.tokenizer, student.vocabulary_map)
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(int(one) for one in tokenizer.get_vocab().values())
 
 
 def map_from(
@@ -201,6 +207,10 @@ def map_from(
     same_size = teacher.anatomy.vocab == vocabulary
     if same_size and (mapped is None or encoding_sha256(teacher.tokenizer) == encoding_sha256(tokenizer)):
         return None
+    if mapped is None and teacher.anatomy.vocab > vocabulary:
+        spoken = encoding_sha256(teacher.tokenizer)
+        if spoken == encoding_sha256(tokenizer) and _largest_id(tokenizer) < vocabulary:  # padded with rows of no token
+            return VocabularyMap(teacher.anatomy.vocab, tuple(range(vocabulary)), spoken, spoken)
     sizes = f"the teacher's vocabulary has {teacher.anatomy.vocab:,} entries, the student's {vocabulary:,}"
     if mapped is None:
         raise UnsupportedModel(

@@ -122,6 +122,8 @@ def _check(
     spoken = encoding_sha256(teacher.tokenizer) if mapped is None else mapped.pruned_sha256
     if spoken != tokens.tokenizer_sha256:
         wrong.append(f"the data was tokenised with {tokens.tokenizer_sha256[:12]}, the teacher reads {spoken[:12]}")
+    if teacher.sharded:
+        wrong.append("the teacher is sharded, and processes write at their own pace (load it with alone=True)")
     if beyond := [id_ for id_ in options.always if id_ >= vocabulary]:
         wrong.append(f"always={beyond} (needed: ids below {vocabulary:,})")
     if vocabulary > 1 << MAX_FIELD_BITS:

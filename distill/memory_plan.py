@@ -9,7 +9,7 @@ The arithmetic of the engine as it is (`train`, `sharding`), P student and Q tea
     bf16 copies  2 P, with activation checkpointing 2 (root + 2 layers)     under autocast, which keeps what it casts
     activations  piece x (numbers a layer saves) x layers, with checkpointing piece x width x layers and one layer
     loss         a chunk of logits, the gradients of the hidden states and of the head: never piece x vocabulary
-    teacher      4 Q / n, and gathered as above; no gradients
+    teacher      4 Q / n, and gathered as above; no gradients; offloaded, 4 (root + layer) and none gathered
 
 A layer saves, per token, with D width, F FFN width, A = H d query numbers, K d key numbers: 4 (normalized input and its
 copy, twice) + 2 (inputs of q, k, v and of gate, up) times D, 2 A + 2 K d + H in attention, 4 F in the MLP, and 2 D more
@@ -17,7 +17,8 @@ for each further norm. Under bf16 the linears' inputs are cast one by one (5 D) 
 counts what a real layer saves.
 
 Time: 6 P (8 P with checkpointing) + 2 Q operations per token, attention left out, at the share of a GPU's peak that
-trainers of this size reach. It is an estimate from published peaks; nothing was measured on these GPUs.
+trainers of this size reach. It is an estimate from published peaks; nothing was measured on these GPUs, and the time
+that an offloaded teacher spends on reading is not in it.
 """
 
 from __future__ import annotations
@@ -175,10 +176,12 @@ def memory_plan(
     processes: int = 8,
     gpu: str = "h100-80gb",
     loss_bytes: int = 1 << 30,
+    offloaded: bool = False,
 ) -> MemoryPlan:
     """Return what `options` take on `processes` GPUs, for windows of `context` tokens.
 
-    `anatomy` is the student's, `loss_bytes` the bound of the loss's chunks. Raises RecipeError for an unknown GPU or a
+    `anatomy` is the student's, `loss_bytes` the bound of the loss's chunks; `offloaded` says that the
+    teacher is read layer by layer. Raises RecipeError for an unknown GPU or a
     batch that cannot be cut.
     """
     pieces = options.gradient_accumulation * processes
@@ -192,6 +195,9 @@ def memory_plan(
         raise RecipeError(f"distill: plan: {'; '.join(wrong)}.")
     piece = options.batch_size // pieces * context
     sizes = _bytes(student, anatomy, teacher, options, piece, processes, loss_bytes)
+    if offloaded:
+        sizes |= {"teacher weights": 4 * (teacher.root + teacher.layer)}
+        sizes.pop("teacher's gathered layers", None)
     operations = (8 if options.activation_checkpointing else 6) * student.active_parameters
     operations += 2 * teacher.active_parameters
     peak = GPUS[gpu].bf16_flops if options.precision == "bf16" else GPUS[gpu].fp32_flops
@@ -237,6 +243,7 @@ def _advised(made: MemoryPlan, options: DistillOptions, windows: int) -> MemoryP
     if options.precision == "fp32":
         advice.append("precision=bf16: half the activations")
     advice.append("more processes: weights, gradients and moments are shared out")
+    advice.append("--offload-teacher: of the teacher one layer at a time, read from the disk")
     advice.append("a cached teacher: no teacher in memory")
     told = tuple(f"to make it smaller: {line}" for line in advice)
     return MemoryPlan(made.processes, made.gpu, made.piece_tokens, made.bytes_per_process, made.tokens_per_second,

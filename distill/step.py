@@ -106,7 +106,7 @@ def _signal(
 
 def _other(spec: TeacherSpec, student: ModelBundle, tokens: TokenSet) -> tuple[Teacher, VocabularyMap | None]:
     """Return a further teacher and its map; raise RecipeError if it does not speak the student's tokens."""
-    teacher = Teacher.load(spec.model, torch_device=student.model.device, offload=spec.offload)
+    teacher = Teacher.load(spec.model, torch_device=student.model.device, offload=spec.offload, alone=False)
     try:
         mapped = map_between(teacher, student)
     except UnsupportedModel as error:

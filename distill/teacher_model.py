@@ -2,7 +2,7 @@
 
 A bundle (`dwindle.bundle`) is a model that dwindle can take apart, so its family is one of the table. A teacher is
 read only: any causal language model of transformers will do, as long as its token ids mean what the student's do, and
-its weights may stay in its folder (`dwindle.offloaded_model`).
+its weights may stay in its folder, or be sharded as they are read (`dwindle.offloaded_model`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dwindle.checkpoint_files import read_config
 from dwindle.distill.head import Head, ModelTail, decoder_of, head_of, tail_of
 from dwindle.errors import UnsupportedModel
 from dwindle.model_source import find_folder
-from dwindle.offloaded_model import offloaded_model
-from dwindle.sharding import repeated_layers
+from dwindle.offloaded_model import offloaded_model, sharded_model
+from dwindle.sharding import Processes, repeated_layers
 from dwindle.tokenizer_files import load_tokenizer
 from dwindle.vocabulary_map import VocabularyMap
 from dwindle.weight_source import StoredTensors
@@ -65,6 +65,8 @@ class Teacher:
     tail: ModelTail | None = None
     """Makes logits for families outside the table; the others have a `Head`."""
     offloaded: bool = False
+    sharded: bool = False
+    """Every process of a launch holds a part of it, and all must ask it in step."""
 
     @classmethod
     def of(cls, given: ModelBundle | Teacher) -> Teacher:
@@ -79,20 +81,33 @@ class Teacher:
 
     @classmethod
     def load(
-        cls, path_or_id: str | Path, *, torch_device: str | torch.device = "cpu", offload: bool = False
-    ) -> Teacher:
+        cls, path_or_id: str | Path, *, torch_device: str | torch.device = "cpu", offload: bool = False,
+        alone: bool = True,
+    ) -> Teacher:  # fmt: skip
         """Return the teacher in a local folder or of a Hugging Face id; with `offload` its weights stay on the disk.
+
+        Unless each process of a launch is to have it `alone` (to write a cache, say), it is sharded over them as it is
+        read, and no process ever holds the whole.
 
         Raises UnsupportedModel for what is no causal language model of transformers, or damaged.
         """
         folder, revision = find_folder(path_or_id)
         config = causal_config(folder)
-        if in_table(config) and not offload:
-            return cls.of(ModelBundle.load(path_or_id, torch_device=torch_device))
-        if offload and getattr(config, "quantization_config", None) is not None:
+        packed = getattr(config, "quantization_config", None) is not None
+        if offload and packed:
             raise UnsupportedModel(f"{folder} is quantized, and codes are not read layer by layer. Load it whole.")
-        device = torch.device(torch_device)
-        model = offloaded_model(folder, config, device)[0] if offload else causal_model(folder, config).to(device)
+        processes = Processes.current(torch.device(torch_device))
+        device = processes.device(torch.device(torch_device))
+        sharded = not (alone or offload or packed) and processes.world > 1
+        if in_table(config) and not (offload or sharded):
+            return cls.of(ModelBundle.load(path_or_id, torch_device=device))
+        model: Any
+        if offload:
+            model = offloaded_model(folder, config, device)
+        elif sharded:
+            model = sharded_model(folder, config, device, processes)
+        else:
+            model = causal_model(folder, config).to(device)
         tokenizer = load_tokenizer(folder, trust_remote_code=False, vocab=config.vocab_size)
         layers = repeated_layers(model)
         context = context_of(config) or _UNBOUNDED
@@ -105,7 +120,7 @@ class Teacher:
             digest, tail = _table_digest(model, tokenizer, folder, named, revision), None
         else:
             digest, tail = _file_digest(folder, tokenizer), tail_of(model, device)
-        return cls(model, tokenizer, shape, device, named, digest, mapped, tail, offload)
+        return cls(model, tokenizer, shape, device, named, digest, mapped, tail, offload, sharded)
 
     @cached_property
     def content_sha256(self) -> str:

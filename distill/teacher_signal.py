@@ -75,8 +75,8 @@ class TeacherSignal(Protocol):
 class LiveTeacher:
     """Runs the teacher on every batch, without gradients; its hidden states stay on its device.
 
-    Under `torchrun` the teacher is sharded over the processes, as the student is, unless each is to run it by itself
-    (`alone`) or its weights are on the disk anyway.
+    Under `torchrun` the teacher is sharded over the processes, as the student is, if it is not yet, unless each is to
+    run it by itself (`alone`) or its weights are on the disk anyway.
 
     With `mapped` batches are in the ids of a pruned vocabulary, and the head is cut to the tokens of it. `layers` names
     the decoder layers (counted from 1) of which hidden states are wanted.
@@ -88,7 +88,7 @@ class LiveTeacher:
     ) -> None:  # fmt: skip
         self._teacher = Teacher.of(teacher)
         self._device, plain = self._teacher.device, self._teacher.model
-        shares = not (alone or self._teacher.offloaded)
+        shares = not (alone or self._teacher.offloaded or self._teacher.sharded)
         self._model: Any = sharded_reader(plain, Processes.current(self._device)) if shares else plain
         self._mapped, self._layers = mapped, tuple(layers)
         self._head: Head | ModelTail | None = None

@@ -6,8 +6,10 @@ only config.json is fetched.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from dwindle.errors import RecipeError, UnsupportedModel
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
 
-__all__ = ["ModelConfig", "model_config"]
+__all__ = ["ModelConfig", "model_config", "teacher_config"]
 
 _CONFIG = "config.json"
 _WIDTHS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -38,35 +40,53 @@ def model_config(name: str) -> ModelConfig:
 
     Raises UnsupportedModel for what is no decoder of the table, RecipeError for a model that is quantized.
     """
-    given = Path(name).expanduser() if name.startswith("~") else Path(name)
-    if given.is_dir():
-        return _read(given)
-    if given.is_file() and given.suffix == ".json":
-        return _read_file(given)
-    return _read(_fetched(name) if not given.exists() else given)
-
-
-def _read_file(path: Path) -> ModelConfig:
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        shutil.copyfile(path, folder / _CONFIG)
-        return _read(folder, path)
-
-
-def _read(folder: Path, shown: Path | None = None) -> ModelConfig:
-    """Return the config in a folder; errors speak of `shown`, where the folder is a copy."""
-    from dwindle.anatomy import anatomy_of
-    from dwindle.checkpoint_files import inspect_checkpoint, read_config
     from dwindle.model_source import load_config
 
-    shown = shown or folder
+    with _place(name) as (folder, shown):
+        return _read(folder, shown, load_config)
+
+
+def teacher_config(name: str) -> Any:
+    """Return the config of a teacher, known by a folder, an id or a JSON file: any causal language model's.
+
+    Raises as `model_config` does, but for models outside the table.
+    """
+    from dwindle.causal_model import causal_config
+
+    with _place(name) as (folder, shown):
+        return _config(folder, shown, causal_config)
+
+
+@contextlib.contextmanager
+def _place(name: str) -> Iterator[tuple[Path, Path]]:
+    """Yield the folder that holds a config.json, and what errors are to call it."""
+    given = Path(name).expanduser() if name.startswith("~") else Path(name)
+    if given.is_file() and given.suffix == ".json":
+        with tempfile.TemporaryDirectory() as place:
+            shutil.copyfile(given, Path(place) / _CONFIG)
+            yield Path(place), given
+        return
+    folder = given if given.exists() else _fetched(name)
     if not folder.is_dir():
         raise UnsupportedModel(f"{folder} is neither a model folder nor a config.json. Give one of them.")
+    yield folder, folder
+
+
+def _config(folder: Path, shown: Path, load: Callable[[Path], Any]) -> Any:
     try:
-        config, raw = load_config(folder), read_config(folder)
+        return load(folder)
     except UnsupportedModel as error:
         told = str(error).replace(str(folder / _CONFIG), str(shown)).replace(str(folder), str(shown))
         raise UnsupportedModel(told if str(shown) in told else f"{shown}: {told}") from error
+
+
+def _read(folder: Path, shown: Path, load: Callable[[Path], Any]) -> ModelConfig:
+    """Return the config in a folder; errors speak of `shown`, where the folder is a copy."""
+    from dwindle.anatomy import anatomy_of
+    from dwindle.checkpoint_files import inspect_checkpoint, read_config
+
+    config = _config(folder, shown, load)
+    raw = read_config(folder)
     if raw.get("quantization_config") is not None:
         raise RecipeError(f"{shown} is quantized already. Plan from the float model that it was made from.")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float16")

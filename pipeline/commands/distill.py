@@ -73,7 +73,7 @@ def distill(
     own, of_data = split_settings(settings, values)
     options = made_options(room.DistillOptions, {**values, **own}, "distill")
     if only_plan:
-        _plan(teacher, model, options, of_data, gpus, gpu, as_json)
+        _plan(teacher, offload_teacher, model, options, of_data, gpus, gpu, as_json)
         return
     missing = [flag for flag, given in (("-d TEXT", data), ("-o FOLDER", output)) if not given]
     if teacher is None and options.cache is None:
@@ -99,7 +99,7 @@ def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...]
     guide = None
     if teacher is not None and needed:
         notify(f"loading {teacher}" + (" layer by layer, as it runs" if offload else ""))
-        guide = room.Teacher.load(teacher, torch_device=torch_device, offload=offload)
+        guide = room.Teacher.load(teacher, torch_device=torch_device, offload=offload, alone=options.cache is not None)
     place = Path(output)
     work = place.with_name(f".{place.name}.work")
     trained, record = room.run(student, options, teacher=guide, train=train, folder=work, evaluation=evaluation)
@@ -113,17 +113,20 @@ def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...]
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _plan(teacher: str | None, model: str, options: Any, of_data: dict[str, Any], gpus: int, gpu: str,
+def _plan(teacher: str | None, offload: bool, model: str, options: Any, of_data: dict[str, Any], gpus: int, gpu: str,
           as_json: bool) -> None:  # fmt: skip
     """Print the arithmetic of a run; configs are all it reads."""
     from dwindle.distill.memory_plan import ModelSize, memory_plan
-    from dwindle.model_source import skeleton_of
-    from dwindle.pipeline.model_config import model_config
+    from dwindle.offloaded_model import weightless_model
+    from dwindle.pipeline.model_config import model_config, teacher_config
 
     if teacher is None:
         raise RecipeError("distill: --plan needs -t TEACHER; its config is enough.")
-    guide, student = model_config(teacher), model_config(model)
-    of_guide, of_student = (ModelSize.of(skeleton_of(one.config), one.config) for one in (guide, student))
+    student = model_config(model)
+    of_guide, of_student = (
+        ModelSize.of(weightless_model(one), one) for one in (teacher_config(teacher), student.config)
+    )
     context = int(of_data.get("context") or min(student.anatomy.context, 2048))
-    made = memory_plan(of_student, student.anatomy, of_guide, options, context=context, processes=gpus, gpu=gpu)
+    made = memory_plan(of_student, student.anatomy, of_guide, options, context=context, processes=gpus, gpu=gpu,
+                       offloaded=offload)  # fmt: skip
     emit(made.to_json(), made.table(), as_json)

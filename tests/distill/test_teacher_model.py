@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,25 @@ def test_a_further_teacher_may_be_offloaded_and_of_another_family(
     assert record.details["first_loss"] == pytest.approx(float((p * (p.log() - q)).sum(-1).mean()), rel=2e-5)
 
 
+def test_rows_that_pad_a_teacher_are_left_out(stored: Callable[..., Path], tiny_bundle: Any) -> None:
+    """One tokenizer, embeddings padded to 300 and 272 rows: p is the teacher's given one of the student's rows."""
+    student, teacher = tiny_bundle(seed=5), Teacher.load(stored("gpt2", vocab_size=300))
+    tokens = windows(student.tokenizer)
+    _, record = run(student, DistillOptions(steps=1, batch_size=8), teacher=teacher, train=tokens)
+    with torch.no_grad():
+        p = other_model("gpt2", vocab_size=300)(tokens.ids[:, :-1]).logits.double()[..., :VOCAB].softmax(-1)
+        q = student.model(tokens.ids[:, :-1]).logits.double().log_softmax(-1)
+    assert record.details["first_loss"] == pytest.approx(float((p * (p.log() - q)).sum(-1).mean()), rel=2e-5)
+
+
 def test_what_does_not_go_together_is_said(stored: Callable[..., Path], tiny_bundle: Any, tmp_path: Path) -> None:
     student, folder = tiny_bundle(seed=5), stored("gpt2")
     tokens = windows(student.tokenizer)
-    with pytest.raises(RecipeError, match="the teacher's vocabulary has 300 entries, the student's 272"):
-        run(student, DistillOptions(steps=1), teacher=Teacher.load(stored("phi", vocab_size=300)), train=tokens)
+    with pytest.raises(RecipeError, match="the teacher's vocabulary has 264 entries, the student's 272"):
+        run(student, DistillOptions(steps=1), teacher=Teacher.load(stored("phi", vocab_size=264)), train=tokens)
+    parted = replace(Teacher.load(folder), sharded=True)
+    with pytest.raises(RecipeError, match="sharded, and processes write at their own pace"):
+        write_cache(parted, tokens, CacheOptions(str(tmp_path / "cache")))
     writes = DistillOptions(steps=1, on_policy=OnPolicyOptions(share=0.5, writer="teacher"))
     with pytest.raises(RecipeError, match="read all of its weights for every token"):
         run(student, writes, teacher=Teacher.load(folder, offload=True), train=tokens)

@@ -16,11 +16,10 @@ from dwindle.distill import DistillObjective, LiveTeacher, LossSpec, OnPolicyOpt
 from dwindle.distill.layer_match import attach_projections
 from dwindle.distill.on_policy import OnPolicyObjective
 from dwindle.distill.probe import Probe
-from dwindle.distill.teacher_model import TeacherShape
 from dwindle.token_set import TokenSet
 from dwindle.train import TrainOptions, train
 
-VOCAB, TEACHER_WIDTH, PAIRS = 67, 32, ((1, 1), (2, 3))
+VOCAB, TEACHER_WIDTH, PAIRS = 272, 32, ((1, 1), (2, 3))
 OPTIONS = TrainOptions(steps=6, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, log_every=1,
                        evaluate_every=2)  # fmt: skip
 LOSSES = (
@@ -46,22 +45,21 @@ def local_numbers(module: Any) -> int:
     return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
 
 
-def outcome() -> dict[str, Any]:
-    """Return losses, norms, evaluations and final weights, as JSON."""
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return losses, norms, evaluations and final weights, as JSON; the teachers are those in `folder`."""
     ids = torch.randint(0, VOCAB, (24, 13), generator=torch.Generator().manual_seed(1))
     tokens = TokenSet(ids, "train", "tiny", "0" * 64, 1000, "1" * 64)
     held_out = TokenSet(ids[:1], "evaluation", "tiny", "2" * 64, 1000, "1" * 64)
     tokenizer: Any = None  # samples are written to no folder
-    shape = TeacherShape(VOCAB, 32, 3, TEACHER_WIDTH)
-    teacher = Teacher(
-        model("gemma2", 1, TEACHER_WIDTH, 3), tokenizer, shape, torch.device("cpu"), "tiny", lambda: "3" * 64
-    )
+    teacher = Teacher.load(folder / "gemma2", alone=False)
     student = model("gemma2", 2, 16, 2)
     attach_projections(student, PAIRS, 16, TEACHER_WIDTH)
     live = LiveTeacher(teacher, layers=[other for _, other in PAIRS])
     objective = DistillObjective(LOSSES, live, PAIRS)
     probe = Probe(held_out, live, 12, tokenizer)
-    held = dict[str, int]()
+    other = Teacher.load(folder / "gpt2", alone=False)
+    held = {"loaded": local_numbers(teacher.model)}
+    logits = LiveTeacher(other).targets(ids[:2]).states[0].logits()
 
     def watch(module: Any, step: int) -> dict[str, float]:
         held["student"] = local_numbers(module)
@@ -73,10 +71,10 @@ def outcome() -> dict[str, Any]:
     held["teacher"] = local_numbers(live._model)
     lines = [{"loss": line.loss, "norm": line.grad_norm, **line.parts} for line in (*read.history, *wrote.history)]
     weights = {name: p.flatten().tolist() for name, p in student.named_parameters()}
-    return {"lines": lines, "held": held, "weights": weights}
+    return {"lines": lines, "held": held, "weights": weights, "logits": logits.flatten().tolist()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = outcome()
+    found = outcome(Path(sys.argv[1]))
     (Path(sys.argv[1]) / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

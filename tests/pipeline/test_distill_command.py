@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from dwindle.bundle import ModelBundle
-from dwindle.errors import DataError, RecipeError
+from dwindle.errors import DataError, RecipeError, UnsupportedModel
 from dwindle.pipeline.cli import cli
 
 WORDS = "The cat sat on the mat. A dog ran to the tree, and the bird sang over it all day long.\n\n"
@@ -60,6 +60,41 @@ def test_the_plan_needs_configs_alone(line: Path) -> None:
     shown = dwindle(*words).stdout
     assert "teacher weights" in shown
     assert "tokens/s" in shown
+
+
+def test_the_plan_of_an_offloaded_teacher_of_another_family(line: Path) -> None:
+    """Of 12 layers one is in memory: 4 bytes per weight of it and of what is outside the layers."""
+    config = {"model_type": "gpt2", "vocab_size": 272, "n_embd": 64, "n_layer": 12, "n_head": 4, "n_positions": 64}
+    (line / "gpt2.json").write_text(json.dumps(config))
+    words = ["distill", "-t", line / "gpt2.json", "-m", line / "student", "--plan", "--gpus", 4, "--json"]
+    whole, offloaded = (json.loads(dwindle(*words, *more).stdout)["bytes_per_process"]
+                        for more in ([], ["--offload-teacher"]))  # fmt: skip
+    layer, root = 12 * 64 * 64 + 13 * 64, (272 + 64 + 2) * 64
+    assert whole["teacher weights"] == 4 * (12 * layer + root) // 4
+    assert offloaded["teacher weights"] == 4 * (layer + root)
+    assert "teacher's gathered layers" not in offloaded
+
+
+def test_a_teacher_of_another_family_stays_on_the_disk(line: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING["gpt2"](vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(line / "gpt2")
+    for file in (line / "teacher").glob("tokenizer*"):
+        (line / "gpt2" / file.name).write_bytes(file.read_bytes())
+    records = []
+    for name, more in (("resident", []), ("offloaded", ["--offload-teacher"])):
+        done = dwindle("distill", "-t", line / "gpt2", "-m", line / "student", "-d", line / "train.txt", "-o",
+                       line / name, "--tokens", "1K", "--batch-size", 4, "--text", line / "test.txt", "--set",
+                       "data.context=32", "--json", *more)  # fmt: skip
+        records.append(json.loads(done.stdout)["details"]["history"])
+    assert records[0] == records[1]
+    assert records[0][-1]["evaluation_kl_nats_per_token"] > 0
+    weights = [(line / name / "model.safetensors").read_bytes() for name in ("resident", "offloaded")]
+    assert weights[0] == weights[1]
+    with pytest.raises(UnsupportedModel, match="quantized"):
+        (line / "gpt2" / "config.json").write_text(json.dumps({**config.to_dict(), "quantization_config": {"bits": 4}}))
+        dwindle("distill", "-t", line / "gpt2", "-m", line / "student", "-d", line / "train.txt", "-o", line / "x")
 
 
 def test_what_is_missing_or_wrong_is_named(line: Path) -> None:
