@@ -240,9 +240,10 @@ def _loop(
     listeners: list[Callable[[TrainLine], None]],
     line_listeners: list[Callable[[TrainLine], None]],
     evaluate: Evaluate | None,
+    stop: Callable[[int], bool],
 ) -> None:
     """Take the steps that are left; tell `listeners` of each one, and `line_listeners` of each log line."""
-    while progress.step < run.steps:
+    while progress.step < run.steps and not stop(progress.step):
         began = time.perf_counter()
         loss, parts, rate, norm = run.step(progress.step)
         now = progress.add(loss, parts, rate, norm, time.perf_counter() - began)
@@ -258,7 +259,7 @@ def _loop(
             line = progress.close_line(now, run.evaluation(evaluate, progress.step) if due and evaluate else None)
             for listener in line_listeners:
                 listener(line)
-        if checkpoints is not None and saves:
+        if checkpoints is not None and (saves or stop(progress.step)):
             checkpoints.save(progress.step, run.model, run.optimizer, progress.to_json())
 
 
@@ -272,6 +273,7 @@ def train(
     on_step: Callable[[TrainLine], None] | None = None,
     identity: Mapping[str, object] | None = None,
     evaluate: Evaluate | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainResult:
     """Train `model` in place and return how it went. Under `torchrun` every process calls this alike.
 
@@ -280,7 +282,8 @@ def train(
     weights or `identity` differ: JSON values for what the loop cannot see, such as the losses and the teacher.
     `on_step` gets every step's own values, in every process. `evaluate` is called every `evaluate_every` steps and
     after the last, in every process, with the module in evaluation mode (under `torchrun` the sharded one); what it
-    returns stands in the log, each name behind `evaluation_`.
+    returns stands in the log, each name behind `evaluation_`. `stop` is asked before every step, with the number of
+    steps taken, whether the run ends here; it must say the same in every process and in a resumed run.
 
     Raises DataError for a token set of another role or without windows, RecipeError if nothing is trainable, the batch
     cannot be cut, or the folder holds another run, MissingExtra for a tracker that is not installed, and GateFailed
@@ -302,7 +305,7 @@ def train(
         try:
             with _training(run), progress_bar(progress.step, run.steps, processes.first) as draw:
                 told = [draw, *([] if on_step is None else [on_step])]
-                _loop(run, progress, checkpoints, told, line_listeners, evaluate)
+                _loop(run, progress, checkpoints, told, line_listeners, evaluate, stop)
         finally:
             for tracker in trackers:
                 tracker.close()

@@ -34,6 +34,7 @@ COMMANDS = {
     "distill": ("distill:distill", "Train a student to follow its teacher."),
     "quantize": ("quantize:quantize", "Turn weights into palettes or integers, to a size, packed."),
     "recover": ("adapters:recover", "Train an adapter that gives a quantized model back what it lost."),
+    "adapt": ("adapt:adapt", "Train an adapter that teaches a model one task."),
     "adapters": ("adapters:adapters", "List and show adapter folders."),
     "export": ("export:export", "Write ONNX, Core ML and Core AI, execute them, prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),

@@ -98,15 +98,18 @@ def tell_written(record: Any, output: str, as_json: bool) -> None:
     emit(record.to_json(), f"{step_line(record)}{skipped}\nWritten: {output}", as_json)
 
 
-def split_settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what `--set` gives to the step and to its data (`data.KEY`); what a flag gives is not given twice."""
+def split_settings(
+    settings: tuple[str, ...], values: Mapping[str, Any], part: str = "data"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `--set` gives to the step and to a part of it (`data.KEY`); what a flag gives is not given twice."""
     from dwindle.pipeline.recipe import parse_overrides
 
     own: dict[str, Any] = {}
-    of_data: dict[str, Any] = {}
+    of_part: dict[str, Any] = {}
     for keys, value in parse_overrides(settings):
         name = ".".join(keys)
         if values.get(name) not in (None, ()):
-            raise RecipeError(f"--set {name}: --{name.replace('_', '-')} gives it already. Give one of the two.")
-        (of_data if keys[0] == "data" else own)[name.removeprefix("data.")] = value
-    return own, of_data
+            flag = name.removeprefix(f"{part}.").replace("_", "-")
+            raise RecipeError(f"--set {name}: --{flag} gives it already. Give one of the two.")
+        (of_part if keys[0] == part else own)[name.removeprefix(f"{part}.")] = value
+    return own, of_part

@@ -61,3 +61,53 @@ def test_nonsense_is_refused(line: Path) -> None:
     with pytest.raises(RecipeError, match="rank"):
         dwindle(*words, "-m", line / "packed", "--rank", "many")
     assert not (line / "a").exists()
+
+
+def records(folder: Path) -> Path:
+    place = folder / "sounds.jsonl"
+    rows = [{"question": f"{n}: a {a} says", "answer": s, "worse": s[::-1]}
+            for n in range(20) for a, s in (("cat", "meow"), ("dog", "woof"))]  # fmt: skip
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_adapt_trains_from_a_recovery_adapter_and_says_what_the_base_lost(line: Path) -> None:
+    place = records(line)
+    dwindle("recover", "-t", line / "teacher", "-m", line / "packed", "-d", line / "train.txt", "-o", line / "all" / "r",
+            "--rank", 4, "--tokens", "1K", "--batch-size", 2)  # fmt: skip
+    words = ["adapt", "-m", line / "packed", "-d", place, "--prompt", "{question}", "--from", line / "all" / "r"]
+    done = dwindle(*words, "-o", line / "all" / "sounds", "--completion", "answer", "--epochs", 4, "--learning-rate",
+                   "0.01", "--general", line / "train.txt", "--text", line / "test.txt", "--json",
+                   "--set", "batch_size=8", "--set", "task.held_out_share=0.2")  # fmt: skip
+    record = json.loads(done.stdout)
+    assert record["name"] == "adapt"
+    told = record["details"]
+    assert (told["task"], told["objective"], told["started_from"]) == ("sounds", "sft", "recovery")
+    assert told["held_out"] == 8
+    assert told["replayed_windows"] >= 1
+    assert told["metrics_after"]["general_kl"] > 0
+    assert record["before"]["kl_nats_per_token"] == 0
+    done = dwindle(*words, "-o", line / "all" / "polite", "--chosen", "answer", "--rejected", "worse", "--epochs", 1)
+    assert "adapt: polite, dpo" in done.stdout
+    assert "win_rate" in done.stdout
+    assert not list(line.glob("all/.*"))
+    listed = json.loads(dwindle("adapters", "list", line / "all", "--json").stdout)["adapters"]
+    assert [one["task"] for one in listed] == ["polite", "recovery", "sounds"]
+    assert "0.01" not in str(listed[0]["options"]["learning_rate"])
+
+
+def test_adapt_refuses_nonsense(line: Path) -> None:
+    from dwindle.errors import DataError, RecipeError, UnsupportedModel
+
+    words = ["adapt", "-m", line / "packed", "-d", records(line), "-o", line / "a"]
+    with pytest.raises(DataError, match=r"completion: no column 'completion'.*The columns are question, answer, worse"):
+        dwindle(*words, "--prompt", "question")
+    with pytest.raises(RecipeError, match="chosen and rejected go together"):
+        dwindle(*words, "--chosen", "answer")
+    with pytest.raises(RecipeError, match=r"adapt\.rnk is unknown"):
+        dwindle(*words, "--set", "rnk=4")
+    with pytest.raises(RecipeError, match=r"--set task\.prompt: --prompt gives it already"):
+        dwindle(*words, "--prompt", "question", "--set", "task.prompt=answer")
+    with pytest.raises(UnsupportedModel, match="it is no adapter folder"):
+        dwindle(*words, "--prompt", "question", "--completion", "answer", "--from", line / "packed")
+    assert not (line / "a").exists()

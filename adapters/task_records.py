@@ -1,0 +1,203 @@
+"""Rows to records: what the model reads and should write, with every bad row found before anything is trained.
+
+A row is bad if it lacks a column, if a text is empty, if its label is outside the label set, if the two sides of a pair
+are equal, or if the right answer is not among its choices. All are told at once, by kind, with the first of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dwindle.adapters.task_options import TaskOptions, columns_of
+from dwindle.adapters.task_rows import Row, read_rows
+from dwindle.errors import DataError, did_you_mean, offenders
+from dwindle.report import Skipped
+
+__all__ = ["BadRecords", "Record", "TaskRecords", "read_task"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example. `completion` is the better answer of a pair."""
+
+    prompt: str
+    completion: str
+    place: str
+    rejected: str | None = None
+    choices: tuple[str, ...] = ()
+    is_trace: bool = False
+
+
+@dataclass
+class BadRecords:
+    """Problems by kind: how many, and where the first ones are."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str) -> None:
+        """Note one bad record."""
+        self.found.setdefault(kind, []).append(place)
+
+    def told(self) -> list[str]:
+        """Return one line per kind.
+
+        >>> bad = BadRecords(); bad.add("empty completion", "a.csv:3"); bad.told()
+        ['1 with empty completion: a.csv:3']
+        """
+        return [f"{len(places):,} with {kind}: {offenders(places, _SHOWN)}" for kind, places in self.found.items()]
+
+    def settle(self, options: TaskOptions, records: int) -> tuple[Skipped, ...]:
+        """Raise DataError if any record is bad and the task refuses them; else return a line for each kind."""
+        if not self.found:
+            return ()
+        if options.bad_records == "refuse" or not records:
+            raise DataError(
+                f"task {options.name!r}: bad records:\n  " + "\n  ".join(self.told()) +
+                "\nMend or remove them, declare the schema that fits, or set bad_records=drop to leave them out."
+            )  # fmt: skip
+        return tuple(Skipped(f"records of task {options.name}", told) for told in self.told())
+
+
+@dataclass(frozen=True)
+class TaskRecords:
+    """A task's records in their two roles, which share no prompt."""
+
+    options: TaskOptions
+    train: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+    labels: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    def choices(self, record: Record) -> tuple[str, ...]:
+        """Return the answers that a record may have."""
+        return record.choices or self.labels
+
+
+def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
+    """Return a task's records. Raises DataError with every bad one, by kind."""
+    bad = BadRecords()
+    given = [row for place in options.data for row in read_rows(place, options.columns)]
+    kept = [row for place in options.held_out for row in read_rows(place, options.columns)]
+    _require_columns(options, [*given, *kept])
+    labels = options.labels or _all_labels(options, given)
+    train, held_out = _records(options, given, labels, bad), _records(options, kept, labels, bad)
+    skipped = bad.settle(options, len(train))
+    if options.held_out:
+        measured = {record.prompt for record in held_out}
+        apart = [record for record in train if record.prompt not in measured]
+        if shared := len(train) - len(apart):
+            skipped += (Skipped(f"{shared:,} training records of task {options.name}", "their prompts are held out"),)
+        train = apart
+    else:
+        train, held_out = _divided(train, options.held_out_share, seed)
+    if not train or not held_out:
+        raise DataError(
+            f"task {options.name!r}: {len(train):,} records to train on, {len(held_out):,} held out; both are needed. "
+            "Add records, or name others under held_out."
+        )
+    if options.max_records is not None:
+        train = sorted(train, key=lambda r: _draw(seed, f"{r.prompt}\0{r.completion}"))[: options.max_records]
+    return TaskRecords(options, tuple(train), tuple(held_out), labels, skipped)
+
+
+def _require_columns(options: TaskOptions, rows: Sequence[Row]) -> None:
+    """Raise DataError, naming the nearest columns, if a declared column is in no row."""
+    present = dict.fromkeys(str(name) for row in rows for name in row.values)
+    fields = ("prompt", "traces", "trace_prompt", "chosen", "rejected", "label", "choices")
+    named = {name: getattr(options, name) for name in fields}
+    if options.form == "completion":
+        named["completion"] = options.target
+    missing = [
+        f"{field_}: no column {column!r}{did_you_mean(column, present)}"
+        for field_, text in named.items()
+        if text is not None
+        for column in columns_of(text)
+        if column not in present
+    ]
+    if missing:
+        broken = [f"{row.place}: {row.problem}" for row in rows if row.problem]
+        told = f" {len(broken):,} rows cannot be read: {offenders(broken, _SHOWN)}." if broken else ""
+        raise DataError(
+            f"task {options.name!r}: the schema does not match the data: {'; '.join(missing)}. The columns are "
+            f"{offenders(present) or 'none'}.{told} Declare the schema that fits."
+        )
+
+
+def _all_labels(options: TaskOptions, rows: Sequence[Row]) -> tuple[str, ...]:
+    if options.label is None:
+        return ()
+    return tuple(sorted({text for row in rows if (text := _text(options.label, row.values).strip())}))
+
+
+def _records(options: TaskOptions, rows: Sequence[Row], labels: tuple[str, ...], bad: BadRecords) -> list[Record]:
+    found: list[Record] = []
+    for row in rows:
+        made, problem = _record(options, row, labels)
+        if problem is not None:
+            bad.add(problem, row.place)
+        else:
+            found += made
+    return found
+
+
+def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[list[Record], str | None]:
+    """Return the records of a row (two where it has a trace), or what is wrong with it."""
+    if row.problem is not None:
+        return [], row.problem
+    prompt, target = _text(options.prompt, row.values), _text(options.target, row.values)
+    if not prompt.strip():
+        return [], "empty prompt"
+    if not target.strip():
+        return [], f"empty {'chosen' if options.form == 'preference' else options.form}"
+    if options.form == "label":
+        target = target.strip()
+        return ([Record(prompt, target, row.place)], None) if target in labels else (
+            [], f"a label outside the label set ({target}{did_you_mean(target, labels[:40])})")  # fmt: skip
+    if options.form == "preference":
+        rejected = _text(str(options.rejected), row.values)
+        if not rejected.strip():
+            return [], "empty rejected"
+        if rejected.strip() == target.strip():
+            return [], "equal sides"
+        return [Record(prompt, target, row.place, rejected=rejected)], None
+    choices = _choices(options, row.values)
+    if options.choices is not None and target.strip() not in choices:
+        return [], "a completion that is none of its choices"
+    made = [Record(prompt, target, row.place, choices=choices)]
+    if options.traces is not None and (trace := _text(options.traces, row.values)).strip():
+        asked = prompt if options.trace_prompt is None else _text(options.trace_prompt, row.values)
+        made.append(Record(asked, trace, row.place, is_trace=True))
+    return made, None
+
+
+def _choices(options: TaskOptions, values: Mapping[str, Any]) -> tuple[str, ...]:
+    given = values.get(options.choices) if options.choices is not None else None
+    return tuple(str(choice).strip() for choice in given) if isinstance(given, list | tuple) else ()
+
+
+def _text(template: str, values: Mapping[str, Any]) -> str:
+    """Return a column's text or a filled template; what is missing or None is empty."""
+    if "{" not in template:
+        return _plain(values.get(template))
+    return template.format_map({name: _plain(values.get(name)) for name in columns_of(template)})
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _divided(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return training and held-out records; all records of one prompt stand on one side."""
+    prompts = sorted({record.prompt for record in records}, key=lambda prompt: _draw(seed, prompt))
+    out = set(prompts[: math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
+    return [r for r in records if r.prompt not in out], [r for r in records if r.prompt in out]
+
+
+def _draw(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
