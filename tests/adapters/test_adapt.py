@@ -53,7 +53,7 @@ def test_a_task_is_learned_on_the_exact_codes_and_comes_back_from_its_folder(
     base: Any, sounds: Any, tmp_path: Path
 ) -> None:
     before = base.content_sha256
-    adapter, record = adapt(base, replace(OPTIONS, steps=80), records=sounds, general=general(base))
+    adapter, record = adapt(base, replace(OPTIONS, steps=50), records=sounds, general=general(base))
     told = record.details
     assert told["metrics_after"]["label_accuracy"] >= 0.9 > told["metrics_before"]["label_accuracy"]
     assert told["metrics_after"]["exact_match"] >= 0.5 > told["metrics_before"]["exact_match"]
@@ -70,11 +70,10 @@ def test_a_task_is_learned_on_the_exact_codes_and_comes_back_from_its_folder(
 
 def test_preferences_are_learned_from_the_base_with_the_adapter_disabled(base: Any, pairs: Any) -> None:
     options = replace(OPTIONS, dpo_learning_rate=5e-3, held_out_records=24)
-    for reference in ("start", "base"):
-        _, record = adapt(base, replace(options, reference=reference), records=pairs)
-        assert record.details["first_loss"] == pytest.approx(0.6931472, abs=1e-6)
-        assert record.details["last_loss"] < 0.5
-        assert record.details["metrics_after"]["win_rate"] > record.details["metrics_before"]["win_rate"]
+    _, record = adapt(base, options, records=pairs)
+    assert record.details["first_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert record.details["last_loss"] < 0.5
+    assert record.details["metrics_after"]["win_rate"] > record.details["metrics_before"]["win_rate"]
 
 
 def test_the_reference_is_where_training_starts_unless_the_bare_base_is_named(
@@ -128,12 +127,10 @@ def test_training_ends_when_the_held_out_loss_rises_and_the_best_is_kept(
     assert second.details["best_step"] == told["best_step"]
     assert again.sha256 == adapter.sha256
     assert second.details["steps"] == told["steps"]
-    long = adapt(base, replace(options, steps=told["steps"] + 2, patience=None), records=few)[1]
-    assert long.details["steps"] == told["steps"] + 2
 
 
 def test_where_nothing_is_learned_the_start_is_kept_and_it_is_said(base: Any, sounds: Any) -> None:
-    adapter, record = adapt(base, replace(OPTIONS, steps=2, learning_rate=3.0, warmup_share=0.0), records=sounds)
+    adapter, record = adapt(base, replace(OPTIONS, steps=2, learning_rate=300.0, warmup_share=0.0), records=sounds)
     assert record.details["best_step"] == 0
     assert "an improvement by adapt (sounds)" in record.skipped[0].what
     assert not any(t.abs().sum() for n, t in adapter.tensors.items() if "lora_B" in n)
@@ -150,8 +147,8 @@ def test_shapes_and_objectives_that_do_not_go_together_are_refused(base: Any, so
     other = replace(start, card=replace(start.card, base_sha256="0" * 64))
     with pytest.raises(RecipeError, match="trained on"):
         adapt(base, OPTIONS, records=sounds, start=other)
-    with pytest.raises(RecipeError, match=r"quary \(nearest: q"):
-        adapt(base, replace(OPTIONS, targets=("quary",)), records=sounds)
+    with pytest.raises(RecipeError, match=r"up_prj \(nearest: up_proj\)"):
+        adapt(base, replace(OPTIONS, targets=("up_prj",)), records=sounds)
     with pytest.raises(RecipeError, match="rank=64 is larger than 14 linears"):
         adapt(base, replace(OPTIONS, rank=64), records=sounds)
     assert adapt(base, replace(OPTIONS, steps=1, objective="sft"), records=pairs)[1].details["objective"] == "sft"

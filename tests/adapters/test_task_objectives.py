@@ -25,6 +25,7 @@ TEMPLATE = ("{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{%
             "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
 
 
+@torch.no_grad()
 def naive(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
     """log p(answer | prompt), one sequence, no padding."""
     ids = torch.tensor([[*prompt, *answer]])
