@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dwindle.adapter_card import AdapterCard
@@ -186,7 +187,7 @@ class _Run:
         """Return the mean loss of the held-out records: nats per answer token, or dpo's loss per pair."""
         device, size = next(model.parameters()).device, max(1, self._options.batch_size)
         total, count = 0.0, 0
-        for part in self._held_out.split(size):
+        for part in torch.split(self._held_out, size):
             batch = part.to(device)
             if isinstance(self._judge, CompletionLoss):
                 loss, tokens = self._judge.sums(model, batch)

@@ -35,7 +35,7 @@ def reference_log_probs(model: nn.Module, rows: Tensor, batch_size: int) -> Tens
     """Return log r of both sides [N, 2] of all rows; the model is in evaluation mode."""
     device = next(model.parameters()).device
     found = [sequence_log_probs(model, *preference_sides(part.to(device))).view(2, -1).T.cpu()
-             for part in rows.split(batch_size)]  # fmt: skip
+             for part in torch.split(rows, batch_size)]  # fmt: skip
     return torch.cat(found)
 
 

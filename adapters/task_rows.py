@@ -104,7 +104,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(handle)
         for values in reader:
             place = f"{path.name}:{reader.line_num}"
-            extra = values.pop(None, None)  # type: ignore[call-overload]
+            extra = values.pop(None, None)
             problem = f"{len(extra)} values more than the header has" if extra else None
             yield Row(place, values, problem)
 
