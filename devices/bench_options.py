@@ -59,6 +59,8 @@ class BenchOptions:
     """ssh and adb: Python on the target that has the runtime, as a name or a path there (`~/venv/bin/python`)."""
     runner: Path | None = None
     """adb: a program for the phone that speaks the runner's protocol, pushed and run in place of Python."""
+    development_team: str = ""
+    """apple: the team that signs Apple's model runner for a device; Xcode's own choice unless given."""
 
     def __post_init__(self) -> None:
         problems = [

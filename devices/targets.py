@@ -2,6 +2,9 @@
 
     host                      this machine, in a fresh process
     ssh://user@board[:port]   a board with Python and OpenSSH               (ssh_board.py)
+    adb:SERIAL                an Android phone on a cable or the network    (adb_phone.py)
+    apple:NAME | apple:mac    a connected Apple device, or this Mac         (apple_device.py; from a Mac only)
+    aihub:DEVICE              a hosted Qualcomm phone                       (hosted_phone.py; the extra `aihub`)
 
 A target is parsed before anything runs. What a user typed goes to other programs as one argument of a list, never
 through a shell of this machine, and names that could be read as flags are refused.
@@ -14,16 +17,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dwindle.devices.adb_phone import adb_events
+from dwindle.devices.apple_device import apple_events
 from dwindle.devices.bench_options import BenchOptions, Protocol
 from dwindle.devices.exported import Exported, open_exported
 from dwindle.devices.host_process import host_events
+from dwindle.devices.hosted_phone import aihub_events
 from dwindle.devices.measurement import Event, Gathering, Measurement
 from dwindle.devices.ssh_board import Board, ssh_events
 from dwindle.errors import RecipeError, TargetError, UnsupportedModel, did_you_mean
 
 __all__ = ["Target", "measure", "parse_target"]
 
-KINDS = ("host", "ssh")
+KINDS = ("host", "ssh", "adb", "apple", "aihub")
 _SSH = re.compile(r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
                   r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]*))"
                   r"(?::(?P<port>[0-9]{1,5}))?/?")  # fmt: skip
@@ -59,7 +65,8 @@ def parse_target(text: str) -> Target:
         return Target(text, "host")
     if kind not in KINDS or kind == "host":
         near = did_you_mean(kind, KINDS)
-        raise RecipeError(f"--on {text!r}: no target{near}. Use host or ssh://user@board[:port].")
+        raise RecipeError(f"--on {text!r}: no target{near}. Use host, ssh://user@board[:port], adb:SERIAL, "
+                          "apple:NAME, apple:mac or aihub:DEVICE.")  # fmt: skip
     if kind == "ssh":
         return Target(text, kind, board=_board(text, rest))
     pattern = _SERIAL if kind == "adb" else _NAME
@@ -127,4 +134,10 @@ def _events(
 ) -> Iterator[Event]:
     if target.board is not None:
         return ssh_events(target.board, exported, protocol, runtime, options)
+    if target.kind == "adb":
+        return adb_events(target.name, exported, protocol, runtime, options)
+    if target.kind == "apple":
+        return apple_events(target.name, exported, protocol, runtime, options)
+    if target.kind == "aihub":
+        return aihub_events(target.name, exported, protocol)
     return host_events(exported, protocol, runtime, options.timeout_seconds)

@@ -101,11 +101,12 @@ def add_device(path: str, as_json: bool) -> None:
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any other option: context, warm_up, timeout_seconds; repeat.",
+    help="Any other option: context, warm_up, timeout_seconds, development_team; repeat.",
 )
 @click.option("--identity", help="ssh: private key to log in with.")
 @click.option("--known-hosts", help="ssh: file of known host keys.")
-@click.option("--python", help="ssh: Python on the target that has the runtime.  [default: python3]")
+@click.option("--python", help="ssh, adb: Python on the target that has the runtime.  [default: python3]")
+@click.option("--runner", help="adb: a program for the phone that speaks the runner's protocol.")
 @json_option
 def bench(artefact: str, target: str, profile: str | None, settings: tuple[str, ...], as_json: bool,
           **values: str | None) -> int:  # fmt: skip
