@@ -37,7 +37,7 @@ class Passage:
 
 
 def passages_of(document: Document, tokenizer: PreTrainedTokenizerBase, tokens: int, least: int) -> Iterator[Passage]:
-    """Yield the stretches of whole sentences of a document with `least` to `tokens` tokens; one that is longer is left out."""
+    """Yield the stretches of whole sentences with `least` to `tokens` tokens; a longer sentence is left out."""
     name = document.id or document_sha256(document)[:16]
     number, held, count = 0, "", 0
     sentences = [s for s in _sentences(document.text) if s.strip()]
