@@ -50,7 +50,7 @@ def write_synthesis(
         with text.open("w", encoding="utf-8", newline="\n", errors="replace") as lines:
             for piece in pieces:
                 how = dict(piece.how)
-                asked = {key: how.pop(key) for key in ("prompt", "answer") if key in how}
+                asked: dict[str, Any] = {key: how.pop(key) for key in ("prompt", "answer") if key in how}
                 record = {"text": piece.text, **asked, "source": piece.source, "licence": piece.licence,
                           "id": piece.id, "how": how}  # fmt: skip
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
