@@ -254,9 +254,9 @@ class Report:
         """Return the report written by `to_json`."""
         return cls(
             steps=tuple(StepRecord.from_json(s) for s in data["steps"]),
-            artifacts=tuple(Artifact.from_json(a) for a in data["artifacts"]),
-            targets=tuple(TargetVerdict.from_json(t) for t in data["targets"]),
-            skipped=tuple(Skipped(**s) for s in data["skipped"]),
+            artifacts=tuple(Artifact.from_json(a) for a in data.get("artifacts", ())),
+            targets=tuple(TargetVerdict.from_json(t) for t in data.get("targets", ())),
+            skipped=tuple(Skipped(**s) for s in data.get("skipped", ())),
             environment=data.get("environment", {}),
             inputs=data.get("inputs", {}),
             samples=tuple(Sample(**s) for s in data.get("samples", ())),

@@ -206,7 +206,11 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
         y = up(limit.bytes)
         drawing.add(Line([(frame.left, y), (frame.right, y)], "limit", title=f"{limit.label}: {size(limit.bytes)}"))
         free = min(y - 5, free - 14)
-        drawing.add(Text(frame.right - 2, free, f"{limit.label}  {size(limit.bytes)}", "miss", "end"))
+        text = f"{limit.label}  {size(limit.bytes)}"
+        wide = 6.2 * len(text) + 6
+        drawing.add(
+            Box(frame.right - wide, free - 10, wide, 13, "back"), Text(frame.right - 2, free, text, "miss", "end")
+        )
     for index, curve in enumerate(curves):
         series = f"s{(index + 1) % SERIES}"
         upper = [(across(t), up(h)) for t, _, _, h in curve.points]
@@ -285,9 +289,11 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2, 5 x 10^n within the range; only 1 x 10^n when there would be many."""
+    """Return 1, 2, 5 x 10^n within the range; only 1 x 10^n when there would be many, even steps when few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [m * 10.0**n for n in powers for m in (1, 2, 5) if low <= m * 10.0**n <= high]
+    if len(fine) < 3:
+        return nice_ticks(low, high)
     return fine if len(fine) <= 9 else [v for v in fine if math.isclose(math.log10(v) % 1, 0, abs_tol=1e-9)]
 
 

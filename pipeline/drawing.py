@@ -65,6 +65,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "grid": Kind(stroke="line"),
     "path": Kind(stroke="soft", width=1.3, dash=(3, 3)),
+    "back": Kind(fill="card", opacity=0.85),
     "head": Kind(fill="soft"),
     "front": Kind(stroke="good", width=2.0),
     "limit": Kind(stroke="bad", width=1.3, dash=(6, 4)),

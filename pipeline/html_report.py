@@ -21,7 +21,7 @@ from dwindle.pipeline.page import render_page, two_widths
 from dwindle.pipeline.step_facts import flat_facts, step_facts
 from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord, TargetVerdict
 
-__all__ = ["METRIC_LABELS", "quality_points", "render_html"]
+__all__ = ["METRIC_LABELS", "Verdict", "quality_points", "render_html"]
 
 METRIC_LABELS: Mapping[str, str] = {
     "tokens_per_second": "Decode",
@@ -92,17 +92,19 @@ def _subtitle(report: Report) -> str:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class Verdict:
+    """What stands beside the title: a kind (passed, failed, open) and a text."""
+
     kind: str
     text: str
 
 
-def _verdict(report: Report) -> _Verdict:
+def _verdict(report: Report) -> Verdict:
     if report.failures:
         count = len(report.failures)
-        return _Verdict("failed", f"{count} gate{'s' * (count > 1)} failed")
+        return Verdict("failed", f"{count} gate{'s' * (count > 1)} failed")
     checked = any(a.parity for a in report.artifacts) or any(t.passed is not None for t in report.targets)
-    return _Verdict("passed", "All gates passed") if checked else _Verdict("open", "No gate was checked")
+    return Verdict("passed", "All gates passed") if checked else Verdict("open", "No gate was checked")
 
 
 @dataclass(frozen=True)

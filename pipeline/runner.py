@@ -25,10 +25,11 @@ from dwindle.pipeline.plan import require_carried
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.run_texts import RunTexts
+from dwindle.pipeline.samples import collect_samples, prompts_of
 from dwindle.pipeline.step_keys import code_sha256, plain, profile_sha256
 from dwindle.pipeline.summary import artifact_line, step_line
 from dwindle.pipeline.write_reports import write_reports
-from dwindle.report import Artifact, Measurement, Report, Skipped, StepRecord, TargetVerdict
+from dwindle.report import Artifact, Measurement, Report, Sample, Skipped, StepRecord, TargetVerdict
 from dwindle.storage import hash_folder, hash_json, require_space
 
 __all__ = ["run"]
@@ -117,6 +118,7 @@ class _Line:
                 ends = [self._transform(index, step, variant, end) for end in ends for variant in step.variants]
                 if step.name != "quantize":
                     float_end = ends[0]
+        self._add_samples(ends)
         self._forget_stale_steps()
         self.folder.forget_work()
         write_reports(self.report, self.recipe, self.folder.path)
@@ -220,6 +222,25 @@ class _Line:
             return distill.run(bundle, options, teacher=guide, train=train, folder=work, evaluation=watched)
         return quantize.run(bundle, options, data.calibration, train=data.train, folder=work)
 
+    def _add_samples(self, ends: list[_Stage]) -> None:
+        """Add what the teacher and every end of the line write after the same beginnings."""
+        stages = {end.variant or "student": end for end in ends if end.sha256 != self.teacher.content_sha256}
+        if not stages:
+            return
+        place = self.folder.step_folder(0, "samples", None)
+        key = self._key("samples", None, {}, {name: stage.sha256 for name, stage in stages.items()})
+        entry = self.folder.cached(place, key)
+        if entry is None:
+            self.notify("samples: teacher and students continue the same beginnings")
+            models = {"teacher": self.teacher, **{name: stage.loaded(self.device) for name, stage in stages.items()}}
+            try:
+                made = collect_samples(models, prompts_of(self.texts.teachers.evaluation, self.teacher))
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                self.report = self.report.adding(skipped=(Skipped("samples", f"a model cannot be continued: {error}"),))
+                return
+            entry = self.folder.store(place, key, lambda _: {"samples": [dataclasses.asdict(one) for one in made]})
+        self.report = replace(self.report, samples=tuple(Sample(**one) for one in entry["samples"]))
+
     # -- export and validate -------------------------------------------------------------------------------------
 
     def _export(self, index: int, ends: list[_Stage], float_end: _Stage) -> list[tuple[Artifact, Path]]:
@@ -291,7 +312,8 @@ class _Line:
     def _forget_stale_steps(self) -> None:
         """Remove step folders of an earlier recipe that this run did not use: the folder tells one story."""
         steps = self.folder.path / "steps"
-        names = {(f"{i + 1:02d}", s.name) for i, s in enumerate(self.recipe.steps)} | {("00", "teacher")}
+        names = {(f"{i + 1:02d}", s.name) for i, s in enumerate(self.recipe.steps)}
+        names |= {("00", "teacher"), ("00", "samples")}
         for child in steps.iterdir() if steps.exists() else ():
             number, _, rest = child.name.partition("-")
             if not any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names):

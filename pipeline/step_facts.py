@@ -15,7 +15,7 @@ from dwindle.pipeline.charts import training_curve
 from dwindle.pipeline.page import TwoWidths, two_widths
 from dwindle.report import StepRecord
 
-__all__ = ["StepFacts", "flat_facts", "step_facts"]
+__all__ = ["StepFacts", "flat_facts", "history_of", "step_facts"]
 
 _ELSEWHERE = ("layers", "plan")
 """Details that the page shows in another place."""
@@ -35,20 +35,24 @@ class StepFacts:
 
 def step_facts(step: StepRecord) -> StepFacts:
     """Return what a step's details say."""
-    curves = {key: points for key, value in step.details.items() if (points := _history(value))}
     rest = {
         key: value
         for key, value in step.details.items()
-        if key not in curves and not (key in _ELSEWHERE and _is_table(value))
+        if not _history(value) and not (key in _ELSEWHERE and _is_table(value))
     }
     facts = list(flat_facts(rest))
     if len(facts) > _MOST_ROWS:
         facts = [*facts[:_MOST_ROWS], ("and more", f"{len(facts) - _MOST_ROWS} further values in report.json")]
-    first = next(iter(curves.values()), ())
+    first = history_of(step)
     title = f"{step.name} ({step.variant})" if step.variant else step.name
     told = [str(step.details[key]) for key in ("method", "scheme", "objective") if step.details.get(key)]
     curve = two_widths(lambda width: training_curve(first, width)) if first else None
     return StepFacts(title, ", ".join(told), tuple(facts), curve)
+
+
+def history_of(step: StepRecord) -> Sequence[tuple[float, float]]:
+    """Return (step, loss) of a step's training, or nothing."""
+    return next((points for value in step.details.values() if (points := _history(value))), ())
 
 
 def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -81,14 +81,31 @@ def demo(output: str, as_json: bool) -> int:
 @click.command()
 @click.argument("folder", metavar="RUN", type=click.Path())
 @click.option("--html", is_flag=True, help="Write report.html again from report.json.")
+@click.option("--markdown", is_flag=True, help="Print Markdown for a pull request.")
+@click.option("--plots", type=click.Path(), metavar="DIR", help="Write every chart as SVG, and as PNG with the extra "
+              "plots.")  # fmt: skip
 @json_option
-def report(folder: str, html: bool, as_json: bool) -> int:
-    """Show the report of RUN; its exit code is the run's."""
+def report(folder: str, html: bool, markdown: bool, plots: str | None, as_json: bool) -> int:
+    """Show the report of RUN; its exit code is the run's.
+
+    A run made by an older version opens too; what it did not record is left out.
+    """
     from dwindle.pipeline.write_reports import read_report, rewrite_html
 
     found = read_report(Path(folder))
     if html:
         rewrite_html(found, Path(folder))
+    if plots is not None:
+        from dwindle.pipeline.plot_files import write_plots
+
+        written, missing = write_plots(found, Path(plots))
+        for line in [str(path) for path in written] + ([missing] if missing else []):
+            notify(line)
+    if markdown and not as_json:
+        from dwindle.pipeline.run_markdown import report_markdown
+
+        click.echo(report_markdown(found, str(found.inputs.get("recipe") or Path(folder).name)), nl=False)
+        return int(found.exit_code)
     return _finish(found, Path(folder), as_json)
 
 
@@ -99,9 +116,10 @@ def report(folder: str, html: bool, as_json: bool) -> int:
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge this one, as in tokens_per_second; "
               "repeat.  [default: sizes, quality and every metric of a target]")  # fmt: skip
 @click.option("--markdown", is_flag=True, help="Markdown for a pull request: what changed, and what regressed.")
+@click.option("--html", type=click.Path(), metavar="FILE", help="Also write the comparison as a page.")
 @json_option
 def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple[str, ...], markdown: bool,
-            as_json: bool) -> int:  # fmt: skip
+            html: str | None, as_json: bool) -> int:  # fmt: skip
     """Set two or more runs side by side: what was asked for, and what came of it.
 
     With --max-regression, exit 1 if a run is worse than the first by more than that.
@@ -111,7 +129,14 @@ def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple
     from dwindle.pipeline.write_reports import read_runs
 
     share = None if max_regression is None else parse_percent(max_regression)
-    result = compare_runs(read_runs([Path(folder) for folder in folders]), share, metrics)
+    runs = read_runs([Path(folder) for folder in folders])
+    result = compare_runs(runs, share, metrics)
+    if html is not None:
+        from dwindle.pipeline.comparison_page import comparison_page
+        from dwindle.storage import write_text
+
+        write_text(Path(html), comparison_page(result, runs))
+        notify(f"written: {html}")
     emit(result.to_json(), comparison_markdown(result) if markdown else comparison_text(result), as_json)
     for line in result.failures:
         click.echo(f"FAILED {line}", err=True)

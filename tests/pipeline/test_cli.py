@@ -173,8 +173,19 @@ def test_report_compare_and_validate_read_a_run(
     code, out, _ = invoke(capsys, "report", small_run)
     assert code == 0
     assert "nats/token" in out
-    code, out, _ = invoke(capsys, "compare", small_run, small_run, "--max-regression", "1%")
+    code, out, err = invoke(capsys, "report", small_run, "--markdown", "--plots", tmp_path / "plots")
     assert code == 0
+    assert out.startswith("### small: passed\n\n| Model | Size |")
+    assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"quality-against-size.svg", "quality-against-size.png",
+                                                               "memory-over-context.svg", "time-split.png"}  # fmt: skip
+    assert "time-split.png" in err
+    code, out, _ = invoke(
+        capsys, "compare", small_run, small_run, "--max-regression", "1%", "--html", tmp_path / "c.html"
+    )
+    assert code == 0
+    assert "No regression of more than 1.0%" in (tmp_path / "c.html").read_text()
+    code, out, _ = invoke(capsys, "compare", small_run, small_run, "--markdown", "--max-regression", "1%")
+    assert "No regression of more than 1.0%." in out
     code, _, err = invoke(capsys, "validate", small_run, "--target", "pixel-9", "--budget", "memory <= 1kB", "--junit",
                           tmp_path / "j.xml")  # fmt: skip
     assert code == 1
@@ -217,6 +228,9 @@ NONSENSE = {
     "unknown target": (["validate", "{run}", "--target", "iphone-99"], "iphone-99"),
     "unknown budget": (["validate", "{run}", "--target", "pixel-9", "--budget", "tokns >= 3"], "no metric"),
     "unknown place to bench": (["bench", "{run}/export/onnx", "--on", "moon"], "moon"),
+    "a damaged report": (["report", "{damaged}"], "cannot be read as a report"),
+    "a report of another schema": (["report", "{newer}"], "found schema 2"),
+    "a damaged report in a comparison": (["compare", "{run}", "{damaged}"], "cannot be read as a report"),
     "one run is no comparison": (["compare", "{run}"], "two runs"),
     "unknown metric": (["compare", "{run}", "{run}", "--metric", "byts"], "did you mean 'bytes'?"),
     "bad percent": (["compare", "{run}", "{run}", "--max-regression", "much"], "much"),
@@ -238,8 +252,11 @@ def shelf(workshop: Path, small_run: Path, tmp_path_factory: pytest.TempPathFact
     (tmp / "pickle" / "model.safetensors").rename(tmp / "pickle" / "pytorch_model.bin")
     weights = tmp / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    for name, text in {"damaged": '{"schema": 1, "steps": [', "newer": '{"schema": 2}'}.items():
+        (tmp / name).mkdir()
+        (tmp / name / "report.json").write_text(text)
     steps = small_run / "steps"
-    return {"tmp": tmp, "empty": tmp / "empty", "alien": tmp / "alien", "pickle": tmp / "pickle", "truncated": tmp / "truncated",
+    return {"tmp": tmp, "damaged": tmp / "damaged", "newer": tmp / "newer", "empty": tmp / "empty", "alien": tmp / "alien", "pickle": tmp / "pickle", "truncated": tmp / "truncated",
             "teacher": workshop / "teacher", "valid": workshop / "valid.txt", "train": workshop / "train.txt",
             "quantized": steps / "03-quantize-onnx" / "model", "palettized": steps / "03-quantize-apple" / "model",
             "recipe": small_run / "recipe.yaml", "run": small_run}  # fmt: skip
