@@ -16,15 +16,17 @@ from dwindle.adapter_card import AdapterCard
 from dwindle.adapters.adapt import adapt
 from dwindle.adapters.adapt_options import AdaptOptions, AdaptStepOptions
 from dwindle.adapters.adapter import Adapter
-from dwindle.adapters.forgetting import with_forgetting
+from dwindle.adapters.attach import target_names
+from dwindle.adapters.forgetting import general_kl, with_forgetting
 from dwindle.adapters.merge import merge, merged_weight
 from dwindle.adapters.options import AdapterOptions, RecoverOptions
-from dwindle.adapters.recovery import measured, recover
+from dwindle.adapters.recovery import adapted_size, measured, recover
 from dwindle.adapters.task_options import TaskOptions
 from dwindle.adapters.task_records import TaskRecords, read_task
+from dwindle.adapters.task_tokens import tokenised
 from dwindle.low_rank import LowRank
 from dwindle.peft_folder import read_adapter
 
 __all__ = ["AdaptOptions", "AdaptStepOptions", "Adapter", "AdapterCard", "AdapterOptions", "LowRank", "RecoverOptions",
-           "TaskOptions", "TaskRecords", "adapt", "measured", "merge", "merged_weight", "read_adapter", "read_task",
-           "recover", "with_forgetting"]  # fmt: skip
+           "TaskOptions", "TaskRecords", "adapt", "adapted_size", "general_kl", "measured", "merge", "merged_weight",
+           "read_adapter", "read_task", "recover", "target_names", "tokenised", "with_forgetting"]  # fmt: skip

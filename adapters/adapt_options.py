@@ -99,8 +99,6 @@ class AdaptStepOptions(AdaptOptions):
     """The tasks."""
     from_recovery: bool = True
     """Start from the recovery adapter of the step before; false: from nothing, to compare."""
-    measured_records: int = 128
-    """Measure each task's metrics on no more than so many held-out records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,13 @@ from dwindle.token_set import TokenSet
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["with_forgetting"]
+__all__ = ["general_kl", "with_forgetting"]
+
+
+def general_kl(adapter: Adapter, base: ModelBundle, evaluation: TokenSet, start: Adapter | None = None) -> float:
+    """Return KL(before || after) in nats per token of a general text."""
+    found = Meter(evaluation, teacher=base if start is None else start.on(base)).measure(adapter.on(base))
+    return float(found.kl_nats_per_token or 0.0)
 
 
 def with_forgetting(

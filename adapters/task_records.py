@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dwindle.adapters.task_options import TaskOptions, columns_of
 from dwindle.adapters.task_rows import Row, read_rows
 from dwindle.errors import DataError, did_you_mean, offenders
 from dwindle.report import Skipped
+from dwindle.storage import hash_json
 
 __all__ = ["BadRecords", "Record", "TaskRecords", "read_task"]
 
@@ -73,6 +74,11 @@ class TaskRecords:
     held_out: tuple[Record, ...]
     labels: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Return a hash over the records of both roles."""
+        return hash_json([[asdict(record) for record in part] for part in (self.train, self.held_out)])
 
     def choices(self, record: Record) -> tuple[str, ...]:
         """Return the answers that a record may have."""

@@ -38,6 +38,13 @@ class ExportPlan:
     options: ExportOptions
 
     @property
+    def carries_adapters(self) -> bool:
+        """Return whether adapters of the variant go along; the float model is another base than theirs."""
+        from dwindle.export.backends import BACKENDS
+
+        return not self.is_float and BACKENDS[self.format].adapters
+
+    @property
     def folder(self) -> str:
         """Return the folder below `export/`, as `onnx` or `float/onnx`."""
         return f"float/{self.format}" if self.is_float else self.format

@@ -62,6 +62,6 @@ def _ffn(anatomy: Anatomy) -> str:
 
 def require_carried(recipe: Recipe, anatomy: Anatomy) -> None:
     """Raise UnsupportedModel for steps of the recipe that do not carry a model like the teacher, before any work."""
-    for name in ("quantize", "export"):
+    for name in ("quantize", "recover", "adapt", "export"):
         if any(step.name == name for step in recipe.steps):
             require_dense(anatomy, name)

@@ -31,9 +31,10 @@ from dwindle.pipeline.option_values import fill
 
 __all__ = ["ORDER", "Recipe", "StepSpec", "parse_overrides"]
 
-ORDER = {"correct_teacher": 0, "prune": 0, "distill": 0, "quantize": 1, "export": 2, "validate": 3}
-"""A step may follow a step of the same or a lower rank: prune and distill may alternate, nothing is trained or cut
-after quantize (the codes are final), nothing is validated before it is exported."""
+ORDER = {"correct_teacher": 0, "prune": 0, "distill": 0, "quantize": 1, "recover": 2, "adapt": 3, "export": 4,
+         "validate": 5}  # fmt: skip
+"""A step may follow a step of the same or a lower rank: prune and distill may alternate, after quantize the codes are
+final and only adapters are trained on them, nothing is validated before it is exported."""
 
 OPTIONS = {
     "data": ("dwindle.data", "DataOptions"),
@@ -41,6 +42,8 @@ OPTIONS = {
     "correct_teacher": ("dwindle.distill", "CorrectTeacherOptions"),
     "distill": ("dwindle.distill", "DistillOptions"),
     "quantize": ("dwindle.quantize", "QuantizeOptions"),
+    "recover": ("dwindle.adapters", "RecoverOptions"),
+    "adapt": ("dwindle.adapters", "AdaptStepOptions"),
     "export": ("dwindle.pipeline.export_plan", "ExportStepOptions"),
     "validate": ("dwindle.devices", "ValidateOptions"),
 }
@@ -203,11 +206,13 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
         if ORDER[after.name] < ORDER[before.name]:
             problems.append(
                 f"steps: {after.name} after {before.name} makes no sense "
-                f"(order: prune and distill, then quantize, export, validate). Move {after.name} up."
+                f"(order: prune and distill, then quantize, recover, adapt, export, validate). Move {after.name} up."
             )
-    for name in ("quantize", "export", "validate"):
+    for name in ("quantize", "recover", "adapt", "export", "validate"):
         if sum(step.name == name for step in steps) > 1:
-            problems.append(f"steps: {name} stands more than once; give it variants or more formats instead.")
+            problems.append(f"steps: {name} stands more than once; give it variants, tasks or more formats instead.")
+    if any(s.name == "recover" for s in steps) and not any(s.name == "quantize" for s in steps):
+        problems.append("steps: recover needs a quantize before it; without one nothing was lost.")
     if any(s.name == "validate" for s in steps) and not any(s.name == "export" for s in steps):
         problems.append("steps: validate needs an export before it.")
     return steps

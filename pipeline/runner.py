@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dwindle import devices, distill, export, prune, quantize
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
 from dwindle.model_source import find_folder
+from dwindle.pipeline.adapter_steps import ADAPTER_STEPS, AdapterSteps, require_trainable
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
 from dwindle.pipeline.plan import require_carried
@@ -26,6 +27,7 @@ from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.run_texts import RunTexts
 from dwindle.pipeline.samples import collect_samples, prompts_of
+from dwindle.pipeline.stage import Stage
 from dwindle.pipeline.step_keys import code_sha256, plain, profile_sha256
 from dwindle.pipeline.summary import artifact_line, step_line
 from dwindle.pipeline.write_reports import write_reports
@@ -40,23 +42,6 @@ Notify = Callable[[str], None]
 
 _ROOMS = {"correct_teacher": "distill"}
 """Where the code of a step lies, if not in the room of its name."""
-
-
-@dataclass
-class _Stage:
-    """One end of the line: a stored model, what was measured of it, and the bundle once someone needs it."""
-
-    path: Path | None
-    sha256: str
-    measurement: Measurement
-    variant: str | None = None
-    bundle: ModelBundle | None = None
-
-    def loaded(self, torch_device: str) -> ModelBundle:
-        if self.bundle is None:
-            assert self.path is not None
-            self.bundle = ModelBundle.load(self.path, torch_device=torch_device)
-        return self.bundle
 
 
 def run(recipe: Recipe, output: Path | str, *, torch_device: str = "cpu", notify: Notify | None = None) -> Report:
@@ -85,6 +70,8 @@ class _Line:
         self._check_space()
         self.texts = RunTexts(recipe.data, self.teacher, notify)
         self.texts.write_held_out(self.folder.path / "data" / "evaluation.txt")
+        require_trainable(recipe, self.teacher)
+        self.adapter_steps = AdapterSteps(folder, self.texts, torch_device, self._key, self.notify)
         self.report = Report(
             environment=environment(torch_device),
             inputs={
@@ -109,6 +96,11 @@ class _Line:
                 artifacts = self._export(index, ends, float_end)
             elif step.name == "validate":
                 self._validate(index, artifacts)
+            elif step.name in ADAPTER_STEPS:
+                options = self.recipe.options[index, None]
+                for end in ends:
+                    records = self.adapter_steps.run(index, step, options, end, float_end)
+                    self.report = self.report.adding(steps=tuple(records))
             elif step.name == "correct_teacher":
                 corrected = self._transform(index, step, None, self.guide)
                 if ends[0].sha256 == self.guide.sha256:  # nothing was cut yet: the line goes on from it
@@ -119,7 +111,7 @@ class _Line:
                 if step.name != "quantize":
                     float_end = ends[0]
         self._add_samples(ends)
-        self._forget_stale_steps()
+        self._forget_stale_steps(ends)
         self.folder.forget_work()
         write_reports(self.report, self.recipe, self.folder.path)
         self.folder.log("end", exit_code=self.report.exit_code)
@@ -142,7 +134,7 @@ class _Line:
             }
         )
 
-    def _measured_teacher(self) -> _Stage:
+    def _measured_teacher(self) -> Stage:
         place = self.folder.step_folder(0, "teacher", None)
         key = self._key("teacher", None, {}, {})
         entry = self.folder.cached(place, key)
@@ -150,9 +142,9 @@ class _Line:
             self.notify("teacher: measuring")
             measured = self.texts.of(self.teacher)[1].measure(self.teacher)
             entry = self.folder.store(place, key, lambda _: {"measurement": measured.to_json()})
-        return _Stage(None, self.teacher.content_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
+        return Stage(None, self.teacher.content_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
 
-    def _transform(self, index: int, step: StepSpec, variant: str | None, source: _Stage) -> _Stage:
+    def _transform(self, index: int, step: StepSpec, variant: str | None, source: Stage) -> Stage:
         options = self.recipe.options[index, variant]
         label = step.name + (f" ({variant})" if variant else "")
         place = self.folder.step_folder(index + 1, step.name, variant)
@@ -173,10 +165,10 @@ class _Line:
         record = StepRecord.from_json(entry["record"])
         self.report = self.report.adding(steps=(record,))
         self.notify(f"{label}: {step_line(record)}")
-        return _Stage(place / "model", entry["sha256"], record.after, variant or source.variant)
+        return Stage(place / "model", entry["sha256"], record.after, variant or source.variant)
 
     def _fresh(
-        self, step: StepSpec, variant: str | None, options: Any, source: _Stage, place: Path, key: str
+        self, step: StepSpec, variant: str | None, options: Any, source: Stage, place: Path, key: str
     ) -> dict[str, Any]:
         work = self.folder.work_folder(key)
         with StepClock() as clock:
@@ -222,7 +214,7 @@ class _Line:
             return distill.run(bundle, options, teacher=guide, train=train, folder=work, evaluation=watched)
         return quantize.run(bundle, options, data.calibration, train=data.train, folder=work)
 
-    def _add_samples(self, ends: list[_Stage]) -> None:
+    def _add_samples(self, ends: list[Stage]) -> None:
         """Add what the teacher and every end of the line write after the same beginnings."""
         stages = {end.variant or "student": end for end in ends if end.sha256 != self.teacher.content_sha256}
         if not stages:
@@ -243,33 +235,40 @@ class _Line:
 
     # -- export and validate -------------------------------------------------------------------------------------
 
-    def _export(self, index: int, ends: list[_Stage], float_end: _Stage) -> list[tuple[Artifact, Path]]:
+    def _export(self, index: int, ends: list[Stage], float_end: Stage) -> list[tuple[Artifact, Path]]:
         by_variant = {end.variant: end for end in ends}
         found: list[tuple[Artifact, Path]] = []
         for plan in self.exports:
             source = float_end if plan.is_float else by_variant[plan.variant]
             place = self.folder.path / "export" / plan.folder
             record = self.folder.step_folder(index + 1, "export", plan.folder.replace("/", "-"))
-            key = self._key("export", plan.folder, plan.options, {"model": source.sha256}, "export")
+            carried = source.adapters if plan.carries_adapters else {}
+            inputs = {"model": source.sha256, **{f"adapter {name}": one.sha256 for name, one in carried.items()}}
+            key = self._key("export", plan.folder, plan.options, inputs, "export")
             entry = self.folder.cached(record, key)
             if entry is not None and place.exists() and hash_folder(place) == entry["artifact"]["sha256"]:
                 self.notify(f"export {plan.folder}: unchanged, taken over")
             else:
                 self.notify(f"export {plan.folder}: running")
-                entry = self._fresh_export(plan, source, place, record, key)
+                folders = [one.path for one in carried.values()]
+                entry = self._fresh_export(plan, source, folders, place, record, key)
             artifact = Artifact.from_json(entry["artifact"])
             missing = tuple(Skipped(f"{artifact.format}: {one['what']}", one["why"])
                             for one in artifact.details.get("not_executed", ()))  # fmt: skip
+            if source.adapters and not (carried or plan.is_float):
+                missing += (Skipped(f"{artifact.format}: {', '.join(source.adapters)}", "it carries no adapters"),)
             self.report = self.report.adding(artifacts=(artifact,), skipped=missing)
             self.notify(f"export {plan.folder}: {artifact_line(artifact)}")
             found.append((artifact, place))
         return found
 
-    def _fresh_export(self, plan: ExportPlan, source: _Stage, place: Path, record: Path, key: str) -> dict[str, Any]:
+    def _fresh_export(
+        self, plan: ExportPlan, source: Stage, adapters: list[Path], place: Path, record: Path, key: str
+    ) -> dict[str, Any]:
         with StepClock() as clock:
             bundle = source.loaded(self.device)
             evaluation = self.texts.of(bundle)[0].evaluation
-            made = export.run(bundle, plan.options, place.parent, evaluation=evaluation)[0]
+            made = export.run(bundle, plan.options, place.parent, evaluation=evaluation, adapters=adapters)[0]
         artifact = replace(
             made,
             path=place.relative_to(self.folder.path).as_posix(),
@@ -309,14 +308,16 @@ class _Line:
             skipped=tuple(Skipped(**s) for s in entry["skipped"]),
         )
 
-    def _forget_stale_steps(self) -> None:
+    def _forget_stale_steps(self, ends: list[Stage]) -> None:
         """Remove step folders of an earlier recipe that this run did not use: the folder tells one story."""
         steps = self.folder.path / "steps"
         names = {(f"{i + 1:02d}", s.name) for i, s in enumerate(self.recipe.steps)}
         names |= {("00", "teacher"), ("00", "samples")}
+        trained = {adapter.path.parent.name for end in ends for adapter in end.adapters.values()}
         for child in steps.iterdir() if steps.exists() else ():
             number, _, rest = child.name.partition("-")
-            if not any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names):
+            known = any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names)
+            if not known or (rest.partition("-")[0] in ADAPTER_STEPS and child.name not in trained):
                 shutil.rmtree(child)
 
 

@@ -73,7 +73,8 @@ def summary(report: Report, width: int = 118) -> str:
     if report.steps:
         models.add_row(*_model_row("teacher", report.steps[0].before, None))
     for step in report.steps:
-        label = step.name + (f" ({step.variant})" if step.variant else "")
+        name = f"{step.name} {step.details['task']}" if step.name == "adapt" else step.name
+        label = name + (f" ({step.variant})" if step.variant else "")
         models.add_row(*_model_row(label, step.after, step.seconds))
     console.print(models)
 
