@@ -8,7 +8,7 @@ on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime
 `gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
 (`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
 measure a loss alone, a training step and the students of each loss (`distill_loss.py`, `distill_step.py`,
-`distill_quality.py`).
+`distill_quality.py`), `report` opens the report of a 32-layer model in a browser (`report_page.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "prune", "distill-loss", "distill-step",
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "report", "prune", "distill-loss", "distill-step",
          "distill-quality")  # fmt: skip
 
 
@@ -102,6 +102,8 @@ def main() -> None:
         elif name == "distill-quality":
             results = ["--results", str(RESULTS / "distill_quality.json")]
             subprocess.run([sys.executable, str(HERE / "distill_quality.py"), *results, "--peer", peers[0]], check=True)
+        elif name == "report":
+            subprocess.run([sys.executable, "-P", str(HERE / "report_page.py")], check=True)
         elif name == "gate":
             subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:

@@ -52,6 +52,7 @@ function tabs(list) {
       button.tabIndex = button === chosen ? 0 : -1;
       document.getElementById(button.getAttribute("aria-controls")).hidden = button !== chosen;
     }
+    document.getElementById(chosen.getAttribute("aria-controls")).dispatchEvent(new Event("shown"));
   };
   for (const [index, button] of buttons.entries()) {
     button.addEventListener("click", () => show(button));

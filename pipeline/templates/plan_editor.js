@@ -231,7 +231,10 @@ class PlanEditor {
       now.rate ? `${digits(now.rate[2])} to ${digits(now.rate[1])}` : `${now.refused.length} layers refused`);
     this.tile("kl", now.kl, before.kl, (v) => number(v), -1, this.klNote(now));
     const limit = this.machine < 0 ? null : this.data.machines[this.machine].limit;
-    this.tile("memory", now.memory, before.memory, size, -1, known(limit) ? `of ${size(limit)} for an app` : "");
+    const over = known(limit) && now.memory > limit;
+    this.tile("memory", now.memory, before.memory, size, -1,
+      known(limit) ? `${over ? "over" : "of"} ${size(limit)} for an app` : "");
+    this.find("memory").classList.toggle("over", over);
     this.showRows();
     this.showRuntimes();
     this.find("undo").disabled = !this.past.length;
@@ -271,7 +274,7 @@ class PlanEditor {
       };
     });
     const most = (name) => Math.max(...facts.map((fact) => fact[name] ?? 0), 1e-30);
-    const top = { bytes: most("bytes"), kl: most("kl"), time: most("time"), bits: Math.max(...data.widths) };
+    const top = { bytes: most("bytes"), kl: most("kl"), time: most("time"), bits: Math.log2(2 * Math.max(...data.widths)) };
     this.find("map").classList.toggle("cost", this.colour === "kl");
     facts.forEach((fact, index) => {
       const row = this.rows[index];
@@ -286,8 +289,8 @@ class PlanEditor {
       this.cell(row, "time", fact.time, known(fact.time) ? time(fact.time) : DASH);
       if (edited && row.querySelector("[data-cell=error]")) this.cell(row, "error", null, DASH);
       else if (row.dataset.error !== undefined) this.cell(row, "error", row.dataset.error, row.dataset.errorText);
-      const value = this.colour === "bits" ? fact.width : fact[this.colour];
-      const level = Math.round(12 + (88 * (value ?? 0)) / top[this.colour]);
+      const value = this.colour === "bits" ? Math.log2(2 * fact.width) : fact[this.colour];
+      const level = Math.round(8 + (92 * (value ?? 0)) / top[this.colour]);
       const cell = this.cells[index];
       cell.style.setProperty("--level", known(value) ? level : 0);
       cell.classList.toggle("edited", edited);
@@ -326,5 +329,9 @@ class PlanEditor {
   }
 }
 
-document.querySelectorAll("[data-editor]").forEach((root) => new PlanEditor(root));
+// An editor in a tab that is not open is made when the tab is.
+for (const root of document.querySelectorAll("[data-editor]")) {
+  if (root.hidden) root.addEventListener("shown", () => new PlanEditor(root), { once: true });
+  else new PlanEditor(root);
+}
 document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -145,7 +145,7 @@ class Tab:
         """Press a key in what has the focus."""
         text = {"Enter": "\r", " ": " "}.get(key)
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, **({"text": text} if text else {}))
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **({"text": text} if text else {}))
 
     def choose(self, selector: str, value: object) -> None:
         """Choose an option of a <select>, which is drawn outside of the page and cannot be clicked."""

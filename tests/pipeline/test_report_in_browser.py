@@ -170,6 +170,31 @@ def test_undo_redo_and_reset(show: Callable[..., Tab]) -> None:
     assert tile(tab, "bytes") == twice
 
 
+def test_every_variant_has_an_editor_of_its_own(show: Callable[..., Tab]) -> None:
+    first = planned_report()
+    second = replace(planned_report(scheme="integer").steps[-1], variant="onnx")
+    tab = show(replace(first, steps=(*first.steps, second)))
+    tab.choose("#layers-1 tr[data-layer='0'] select", 8)
+    apple = tile(tab, "bytes")
+    assert tab.js("document.querySelector('#layers-2').hidden")
+    tab.js("document.querySelector('#tab-1').focus()")
+    tab.press("ArrowRight")
+    assert tab.js("document.querySelector('#layers-1').hidden")
+    assert tab.js("document.querySelectorAll('#layers-2 tr[data-layer] select').length") == 14
+    onnx = "document.querySelector('#layers-2 [data-part=bytes]').dataset.value"
+    before = tab.js(onnx)
+    tab.choose("#layers-2 tr[data-layer='0'] select", 8)
+    assert float(tab.js(onnx)) > float(before)
+    assert tile(tab, "bytes") == apple
+
+
+def test_a_model_too_large_for_a_device_is_marked(show: Callable[..., Tab]) -> None:
+    tab = show(planned_report(blocks=8, width=8192))
+    assert (tile(tab, "memory") or 0) > load_profile("iphone-15-pro").memory.default.at()
+    assert tab.js("document.querySelector('[data-part=memory]').className") == "over"
+    assert "over 3.5 GB" in tab.js("document.querySelector('[data-part=memory] .delta').textContent")
+
+
 def test_runtimes_say_what_they_cannot_carry(show: Callable[..., Tab]) -> None:
     tab = show(planned_report())
 
