@@ -37,7 +37,11 @@ def row_texts(path: Path, column: str) -> Iterator[str]:
         if not failed:
             yield text
     if failed:
-        more = f" So do {len(failed) - 1:,} more of {total:,} rows: {offenders(failed[1:], 5)}." if failed[1:] else ""
+        more = (
+            f" The same holds for {len(failed) - 1:,} more of {total:,} rows: {offenders(failed[1:], 5)}."
+            if failed[1:]
+            else ""
+        )
         raise DataError(failed[0] + more)
 
 

@@ -16,13 +16,15 @@ begins.
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dwindle.data.byte_stream import open_bytes, open_text, suffix
+from dwindle.data.corpus_folder import split_folder
 from dwindle.data.document import Document
 from dwindle.data.hub import hub_documents, hub_name
 from dwindle.data.rows import READERS, row_texts
@@ -73,14 +75,22 @@ def check_sources(specs: Iterable[str], text_column: str) -> None:
         raise DataError("unusable data: " + "; ".join(problems))
 
 
-def read_documents(spec: str, text_column: str, *, whole_files: bool = False) -> Iterator[Document]:
+def read_documents(
+    spec: str,
+    text_column: str,
+    *,
+    whole_files: bool | None = False,
+    exclude: Sequence[str] = (),
+    left_out: list[str] | None = None,
+) -> Iterator[Document]:
     """Yield the documents of a source in order; white space alone is no document. Raises DataError.
 
-    With `whole_files`, a text file is not cut into stretches.
+    With `whole_files`, a text file is not cut into stretches; None leaves source code whole and cuts prose. Files
+    below a folder that match a pattern of `exclude` are not read; those that are no text are added to `left_out`.
     """
     source = Source.parse(spec, text_column)
     if source.path.is_dir():
-        yield from _read_folder(source, whole_files)
+        yield from _read_folder(source, whole_files, exclude, [] if left_out is None else left_out)
     elif source.path.exists():
         yield from _read_file(source.path, source.column, whole_files)
     elif _is_hub_name(source.place):
@@ -137,7 +147,8 @@ def _file_problem(path: Path) -> str | None:
     return None if not empty else f"{path}: the file holds white space only; name a file with text in it"
 
 
-def _read_file(path: Path, column: str, whole: bool) -> Iterator[Document]:
+def _read_file(path: Path, column: str, whole: bool | None) -> Iterator[Document]:
+    whole = suffix(path) in CODE_SUFFIXES if whole is None else whole
     try:
         if suffix(path) not in READERS:
             yield from text_documents(path, whole=whole)
@@ -154,7 +165,11 @@ def _read_file(path: Path, column: str, whole: bool) -> Iterator[Document]:
 
 
 def _folder_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that can be read, in sorted order; hidden ones and `__pycache__` are left out."""
+    """Yield the files of a folder that can be read, in sorted order; hidden ones and `__pycache__` are left out.
+
+    A corpus that `dwindle data build` made stands for its training text.
+    """
+    folder = split_folder(folder, "train")
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).parts
         known = suffix(path) in _SUFFIXES
@@ -162,9 +177,14 @@ def _folder_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read_folder(source: Source, whole_files: bool) -> Iterator[Document]:
-    left_out, found = [], 0
+def _read_folder(
+    source: Source, whole_files: bool | None, exclude: Sequence[str], left_out: list[str]
+) -> Iterator[Document]:
+    found = 0
     for path in _folder_files(source.path):
+        inside = path.relative_to(source.path).as_posix()
+        if any(fnmatch.fnmatchcase(inside, pattern) for pattern in exclude):
+            continue
         if not path.stat().st_size:
             continue
         if (problem := _file_problem(path)) is not None:

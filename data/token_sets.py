@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dwindle.data.corpus_folder import of_corpus, role_folder
 from dwindle.data.document import Document, document_sha256
 from dwindle.data.options import DataOptions
 from dwindle.data.packing import joined_text, pack, pack_evaluation, pack_mixture
@@ -63,6 +64,7 @@ def build_token_sets(
     `counted_by` is the tokenizer by which the text is divided among the roles, if not `tokenizer`: with it the sets of
     a model with a pruned vocabulary hold the very documents that those of the full model do.
     """
+    options = of_corpus(options)
     roles = {"train": options.train, "calibration": options.calibration, "evaluation": options.evaluation}
     places = {role: (p,) if isinstance(p, str) else p for role, p in roles.items() if p is not None}
     check_sources([place for found in places.values() for place in found], options.text_column)
@@ -96,6 +98,7 @@ def training_set(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int, *, apart_from: Iterable[TokenSet] = ()
 ) -> TokenSet:
     """Return a training set of all that `options.train` names, but for the documents of other sets."""
+    options = of_corpus(options)
     check_sources(options.train, options.text_column)
     taken = frozenset[str]().union(*(one.document_sha256 for one in apart_from))
     documents = _without(_documents(options.train, options.text_column, options.train_tokens), taken)
@@ -106,6 +109,7 @@ def training_set(
 
 def calibration_set(options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int) -> TokenSet:
     """Return a calibration set from `options.calibration` if it is given, else from all that `options.train` names."""
+    options = of_corpus(options)
     places = options.train if options.calibration is None else (options.calibration,)
     check_sources(places, options.text_column)
     documents = _documents(places, options.text_column, options.train_tokens)
@@ -125,6 +129,7 @@ def evaluation_set(
 
     `counted_by` is the tokenizer that `max_tokens` counts by, if not `tokenizer`.
     """
+    place = role_folder(place, "evaluation")
     check_sources([str(place)], text_column)
     documents = _documents([str(place)], text_column, None)
     source = Source.parse(str(place), text_column)

@@ -28,7 +28,7 @@ __all__ = ["cli", "main"]
 
 COMMANDS = {
     "run": ("runs:run", "Run a recipe: every step, cached and resumable, into one folder with a report."),
-    "data": ("data:data", "Make corpora, show them, let a model write text."),
+    "data": ("data:data", "Build curated corpora with their cards, show them, let a model write text."),
     "demo": ("runs:demo", "Run the whole line on the embedded teacher, in a few minutes."),
     "fit": ("fit:fit", "Find the shape and bits that meet a device's targets, from a config alone."),
     "prune": ("models:prune", "Cut units out of a model by their importance; the result loads anywhere."),

@@ -28,6 +28,7 @@ import yaml
 from dwindle.errors import RecipeError, did_you_mean
 from dwindle.pipeline import prune_rounds
 from dwindle.pipeline.option_values import fill
+from dwindle.pipeline.strict_yaml import read_yaml
 
 __all__ = ["ORDER", "Recipe", "StepSpec", "parse_overrides"]
 
@@ -53,37 +54,6 @@ _STEPS = (*ORDER, prune_rounds.NAME)
 """What may stand in `steps`."""
 _TOP = ("version", "name", "teacher", "data", "steps", "seed")
 _TEACHER = ("model", "trust_remote_code")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without the two features that have hurt others: repeated keys (the last one wins in silence) and
-    aliases (a few lines can grow to gigabytes)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader, made stricter)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(
-            f"{where} is no valid YAML: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -136,7 +106,7 @@ class Recipe:
             raise RecipeError(f"{path}: no such recipe. Recipes to start from are in recipes/.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read as a recipe ({error}).") from error
-        return cls.parse(_read_yaml(text, str(path)), overrides, where=str(path))
+        return cls.parse(read_yaml(text, str(path)), overrides, where=str(path))
 
     @classmethod
     def parse(cls, raw: Any, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
@@ -258,7 +228,7 @@ def parse_overrides(settings: Iterable[str]) -> list[tuple[list[str], Any]]:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip(".") or ".." in key:
             raise RecipeError(f"--set {setting}: found no key=value. Example: --set distill.tokens=20M")
-        parsed.append((key.strip().split("."), _read_yaml(value, f"--set {key}")))
+        parsed.append((key.strip().split("."), read_yaml(value, f"--set {key}")))
     return parsed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
@@ -42,7 +43,7 @@ class CodeQuality:
     """Share of the characters that stand in repeated lines."""
     generated: bool = True
     """Drop files whose first lines say that a tool wrote them."""
-    name: str = "code_quality"
+    name: ClassVar[str] = "code_quality"
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document if it keeps every rule."""

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Decontamination:
     """Words of the longest n-gram looked at."""
     common: int = 1000
     """An n-gram in at least so many documents of the corpus is common usage."""
-    name: str = "decontamination"
+    name: ClassVar[str] = "decontamination"
 
     def __post_init__(self) -> None:
         wrong = []

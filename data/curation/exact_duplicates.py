@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dwindle.data.curation.stage import StageRun
 from dwindle.data.document import Document
@@ -19,7 +20,7 @@ __all__ = ["ExactDuplicates"]
 class ExactDuplicates:
     """Stage: one document for each text."""
 
-    name: str = "exact_duplicates"
+    name: ClassVar[str] = "exact_duplicates"
 
     def run(self, documents: Iterator[Document], run: StageRun) -> Iterator[Document]:
         """Yield the documents with a text not seen before."""

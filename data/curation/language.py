@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
@@ -28,7 +28,7 @@ class LanguageFilter:
     """Least probability of the language found."""
     characters: int = 1000
     """Characters from the beginning that are looked at."""
-    name: str = "language"
+    name: ClassVar[str] = "language"
 
     def __post_init__(self) -> None:
         wrong = []

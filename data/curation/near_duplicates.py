@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class NearDuplicates:
     """Stage: one document for each cluster of near-duplicates."""
 
     options: NearDuplicateOptions = field(default_factory=NearDuplicateOptions)
-    name: str = "near_duplicates"
+    name: ClassVar[str] = "near_duplicates"
 
     def run(self, documents: Iterator[Document], run: StageRun) -> Iterator[Document]:
         """Yield the first document of every cluster."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
@@ -30,7 +30,7 @@ class Normalization:
 
     mojibake: Literal["note", "drop"] = "note"
     """What happens to text decoded with the wrong table: counted, or dropped."""
-    name: str = "normalization"
+    name: ClassVar[str] = "normalization"
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document in normal form; None for one of white space alone."""

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
@@ -81,7 +81,7 @@ class PersonalData:
 
     kinds: tuple[Kind, ...] = ("email", "phone", "key")
     """What is replaced."""
-    name: str = "personal_data"
+    name: ClassVar[str] = "personal_data"
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in _SCRUBBERS]:

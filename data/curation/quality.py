@@ -12,6 +12,7 @@ Words are separated by white space. Thresholds are the papers'; None switches a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
@@ -55,7 +56,7 @@ class Quality:
     """Share of the characters that stand in repeated lines."""
     filler: bool = True
     """Drop documents with lorem ipsum or a notice that scripts are needed."""
-    name: str = "quality"
+    name: ClassVar[str] = "quality"
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document if it keeps every rule."""

@@ -10,6 +10,7 @@ The paper counts characters; words (see `words`) say the same and need no second
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Repetition:
     """Shorter documents pass: any word that comes twice would count."""
     code: bool = False
     """Judge source code too, which repeats itself by nature."""
-    name: str = "repetition"
+    name: ClassVar[str] = "repetition"
 
     def __post_init__(self) -> None:
         wrong = [f"{name}={list(values)!r} (needed: {number} shares between 0 and 1)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dwindle.pipeline.commands.corpora import build, show
 from dwindle.pipeline.commands.shared import (
     data_option,
     device_option,
@@ -26,6 +27,10 @@ __all__ = ["data"]
 @click.group()
 def data() -> None:
     """Make corpora and show them."""
+
+
+data.add_command(build)
+data.add_command(show)
 
 
 @data.command()

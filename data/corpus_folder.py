@@ -1,0 +1,79 @@
+"""The folder of a corpus as `dwindle data build` writes it, and what stands for what in it.
+
+    CORPUS/corpus.json                    manifest: splits, their files with hash, the sources' weights
+    CORPUS/card.json  README.md  plots/   the data card
+    CORPUS/train/SOURCE.jsonl.zst         one file for each source; the same under calibration/ and evaluation/
+
+Wherever `-d` takes text, such a folder stands for its split of the role: training reads train/, and where a recipe
+names no calibration or evaluation text, those of the corpus are taken.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dwindle.data.options import DataOptions
+from dwindle.errors import DataError
+
+__all__ = ["MANIFEST", "SPLITS", "of_corpus", "read_manifest", "role_folder", "split_folder"]
+
+MANIFEST = "corpus.json"
+SPLITS = ("train", "calibration", "evaluation")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a corpus's manifest, or None for a folder that is no corpus."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: a damaged manifest ({error}). Build the corpus again.") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != 1 or "splits" not in manifest:
+        return None
+    return manifest
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the folder of a corpus's split; a folder that is no corpus is returned as it is."""
+    return folder / split if read_manifest(folder) is not None else folder
+
+
+def role_folder(place: str | Path, role: str) -> str | Path:
+    """Return what a place stands for in a role: the split of a corpus, or the place itself."""
+    folder = Path(place).expanduser()
+    return place if "::" in str(place) or read_manifest(folder) is None else folder / role
+
+
+def of_corpus(options: DataOptions) -> DataOptions:
+    """Return options in which a corpus is replaced by what it holds.
+
+    Training text is its training split, by source with the weights of its recipe if it has any; calibration and
+    evaluation text, where none is named, are its other splits.
+    """
+    corpora = [Path(place).expanduser() for place in options.train]
+    manifests = [None if "::" in str(place) else read_manifest(place) for place in corpora]
+    changes: dict[str, Any] = {
+        role: str(role_folder(given, role))
+        for role in ("calibration", "evaluation")
+        if (given := getattr(options, role)) is not None
+    }
+    if len(corpora) == 1 and manifests[0] is not None:
+        folder, manifest = corpora[0], manifests[0]
+        for role in ("calibration", "evaluation"):
+            if getattr(options, role) is None and manifest["splits"][role]["documents"]:
+                changes[role] = str(folder / role)
+        if manifest.get("weights") and options.weights is None:
+            files = manifest["splits"]["train"]["files"]
+            changes["train"] = tuple(str(folder / one["path"]) for one in files)
+            changes["weights"] = tuple(float(manifest["weights"][one["source"]]) for one in files)
+    if "train" not in changes:
+        changes["train"] = tuple(
+            place if manifest is None else str(Path(place).expanduser() / "train")
+            for place, manifest in zip(options.train, manifests, strict=True)
+        )
+    return replace(options, **changes)

@@ -1,0 +1,62 @@
+"""`dwindle data build` and `dwindle data show`: a corpus from a recipe, and its card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dwindle.pipeline.commands.shared import emit, json_option, notify, output_option
+
+__all__ = ["build", "show"]
+
+
+@click.command()
+@click.argument("recipe", type=click.Path())
+@output_option
+@click.option("-m", "--model", help="Student whose tokenizer counts tokens for the card: folder or Hugging Face id.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe, as in "
+              "folders.assets=DIR, sources.NAME.weight=2 or quality.least_words=20.")  # fmt: skip
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes; the result is the "
+              "same for any number.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check the recipe and say what would be done.")
+@json_option
+def build(recipe: str, output: str, model: str | None, settings: tuple[str, ...], workers: int, dry_run: bool,
+          as_json: bool) -> None:  # fmt: skip
+    """Read the sources of RECIPE, curate them, and write a corpus with splits and a data card."""
+    from dwindle.data.curation.build import build_corpus
+    from dwindle.data.curation.card_text import card_summary
+    from dwindle.pipeline.corpus_recipe import load_corpus_recipe
+
+    options = load_corpus_recipe(recipe, settings)
+    if dry_run:
+        plan = {"sources": [one.name for one in options.sources], "steps": [stage.name for stage in options.stages],
+                "format": options.format, "output": output}  # fmt: skip
+        text = f"sources: {', '.join(plan['sources'])}\nsteps: {', '.join(plan['steps'])}\nwould write: {output}"
+        emit(plan, text, as_json)
+        return
+    tokenizer = None
+    if model is not None:
+        from dwindle.bundle import ModelBundle
+
+        notify(f"loading the tokenizer of {model}")
+        tokenizer = ModelBundle.load(model).tokenizer
+    card = build_corpus(options, Path(output), workers=workers, tokenizer=tokenizer, notify=notify)
+    emit(card, f"{card_summary(card)}\nWritten: {output}", as_json)
+
+
+@click.command()
+@click.argument("corpus", type=click.Path())
+@json_option
+def show(corpus: str, as_json: bool) -> None:
+    """Show the data card of CORPUS."""
+    from dwindle.data.corpus_folder import read_manifest
+    from dwindle.data.curation.card_text import card_summary
+    from dwindle.errors import DataError
+
+    folder = Path(corpus)
+    if read_manifest(folder) is None:
+        raise DataError(f"{corpus}: no corpus (corpus.json was looked for). Build one with dwindle data build.")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    emit(card, card_summary(card), as_json)
