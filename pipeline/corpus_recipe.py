@@ -38,19 +38,20 @@ if TYPE_CHECKING:
 __all__ = ["STAGES", "load_corpus_recipe"]
 
 STAGES = {
-    "normalization": "normalization:Normalization",
-    "exact_duplicates": "exact_duplicates:ExactDuplicates",
-    "language": "language:LanguageFilter",
-    "quality": "quality:Quality",
-    "code_quality": "code_quality:CodeQuality",
-    "repetition": "repetition:Repetition",
-    "near_duplicates": "clusters:NearDuplicateOptions",
-    "decontamination": "decontamination:Decontamination",
-    "personal_data": "personal_data:PersonalData",
-    "teacher_score": "teacher_score:TeacherScore",
-    "rebalance": "rebalance:Rebalance",
+    "normalization": "curation.normalization:Normalization",
+    "exact_duplicates": "curation.exact_duplicates:ExactDuplicates",
+    "language": "curation.language:LanguageFilter",
+    "quality": "curation.quality:Quality",
+    "code_quality": "curation.code_quality:CodeQuality",
+    "repetition": "curation.repetition:Repetition",
+    "near_duplicates": "curation.clusters:NearDuplicateOptions",
+    "decontamination": "curation.decontamination:Decontamination",
+    "personal_data": "curation.personal_data:PersonalData",
+    "synthesize": "synthesis.stage:Synthesize",
+    "teacher_score": "curation.teacher_score:TeacherScore",
+    "rebalance": "curation.rebalance:Rebalance",
 }
-"""Step -> module of `dwindle.data.curation` and type; the type's fields are the step's keys."""
+"""Step -> module of `dwindle.data` and type; the type's fields are the step's keys."""
 
 _TOP = ("version", "name", "seed", "folders", "sources", "licences", "steps", "splits", "format")
 _LICENCES = ("allowed", "forbidden")
@@ -113,7 +114,7 @@ def _stages(listed: Any, problems: list[str]) -> Iterable[Any]:
         problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(STAGES)}).")
         return
     for index, entry in enumerate(listed):
-        named = {entry: {}} if isinstance(entry, str) else entry
+        named: Any = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(named, Mapping) or len(named) != 1:
             problems.append(f"steps[{index}]: found {entry!r}, needed one step name with its options.")
             continue
@@ -122,7 +123,7 @@ def _stages(listed: Any, problems: list[str]) -> Iterable[Any]:
             problems.append(f"steps[{index}].{name} is unknown{did_you_mean(str(name), STAGES)}.")
             continue
         module, _, kind = STAGES[name].partition(":")
-        type_ = getattr(importlib.import_module(f"dwindle.data.curation.{module}"), kind)
+        type_ = getattr(importlib.import_module(f"dwindle.data.{module}"), kind)
         made = fill(type_, {} if values is None else values, f"steps[{index}].{name}", problems)
         if made is not None:
             yield _WRAPPED.get(name, lambda options: options)(made)

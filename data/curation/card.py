@@ -6,6 +6,7 @@ It holds nothing that changes from run to run (no times, no machine), so that it
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,10 @@ def corpus_card(
     """Return the card of a corpus."""
     made = _plain(dataclasses.asdict(options))
     made["stages"] = [{stage.name: _plain(_options_of(stage))} for stage in options.stages]
-    licences: dict[str, int] = {}
-    of = {one.name: one.licence or "unknown" for one in options.sources}
+    licences: Counter[str] = Counter()
     for split in splits.values():
         for file in split["files"]:
-            licence = of.get(file["source"], "unknown")
-            licences[licence] = licences.get(licence, 0) + file["bytes"]
+            licences.update(file["licences_bytes"])
     return {
         "schema": 1,
         "name": options.name,

@@ -6,6 +6,8 @@ A record has `text`, `source`, `licence`, `id` and `how`. zstd at its default le
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,8 @@ class SplitFiles:
     def write(self, document: Document) -> None:
         """Write a document into the file of its source."""
         if document.source not in self._open:
-            self._open[document.source] = _File(self.folder / f"{document.source}.{self.format}")
+            name = re.sub(r"[^\w.-]+", "_", document.source)
+            self._open[document.source] = _File(self.folder / f"{name}.{self.format}")
         self._open[document.source].write(document)
 
     def close(self) -> None:
@@ -41,7 +44,7 @@ class SplitFiles:
         """Return the manifest's entry, after `close`."""
         files = [
             {"path": f"{self.folder.name}/{file.path.name}", "source": source, "documents": file.documents,
-             "bytes": file.bytes, "sha256": hash_file(file.path)}
+             "bytes": file.bytes, "licences_bytes": dict(sorted(file.licences.items())), "sha256": hash_file(file.path)}
             for source, file in sorted(self._open.items())
         ]  # fmt: skip
         return {
@@ -55,6 +58,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.documents = self.bytes = 0
+        self.licences: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
         self._stream: Any = None
         self._table: Any = None
@@ -68,6 +72,7 @@ class _File:
     def write(self, document: Document) -> None:
         self.documents += 1
         self.bytes += document.bytes
+        self.licences[document.licence or "unknown"] += document.bytes
         row = {"text": document.text, "source": document.source, "licence": document.licence, "id": document.id,
                "how": dict(document.how)}  # fmt: skip
         if self._stream is not None:
