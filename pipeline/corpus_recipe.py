@@ -88,13 +88,13 @@ def _options(raw: dict[str, Any], problems: list[str]) -> CorpusOptions | None:
     if raw.get("version") != 1:
         problems.append(f"version: found {raw.get('version')!r}, needed 1.")
     raw = _with_folders(raw, problems)
-    licences = raw.get("licences") or {}
+    licences: Any = raw.get("licences") or {}
     if not isinstance(licences, Mapping):
         problems.append(f"licences: found {licences!r}, needed allowed and forbidden.")
         licences = {}
     problems += [f"licences.{key} is unknown{did_you_mean(str(key), _LICENCES)}." for key in licences
                  if key not in _LICENCES]  # fmt: skip
-    values = {
+    values: dict[str, Any] = {
         "sources": raw.get("sources") or (),
         "splits": raw.get("splits") or {},
         **{key: raw[key] for key in ("name", "seed", "format") if key in raw},
