@@ -16,9 +16,25 @@ from dwindle.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Role", "TokenSet", "require_disjoint"]
+__all__ = ["Mixture", "Role", "TokenSet", "require_disjoint"]
 
 Role = Literal["train", "calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several places in one training set whose shares are learned (`data.learned_mixture`)."""
+
+    names: tuple[str, ...]
+    """Of the places."""
+    windows: tuple[int, ...]
+    """How many each has; `ids` holds them end to end."""
+    weights: tuple[float, ...]
+    """What their shares are in proportion to at the start."""
+    every: int
+    """Steps between two changes of the shares."""
+    held_out: tuple[torch.Tensor, ...]
+    """[H, T] of each place: windows that are measured on and never trained on."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,8 @@ class TokenSet:
     licence: str | None = None
     document_sha256: frozenset[str] = frozenset()
     """Hashes of the documents inside, to prove that two sets share none."""
+    mixture: Mixture | None = None
+    """Its places, where their shares are learned during training."""
 
     @property
     def tokens(self) -> int:

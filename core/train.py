@@ -46,6 +46,7 @@ from dwindle.trackers import Tracker, open_trackers
 from dwindle.train_guard import require_finite, require_no_divergence
 from dwindle.train_log import RunProgress, TrainLine, TrainResult, append_line, cut_log
 from dwindle.train_options import TrainOptions
+from dwindle.window_order import WindowOrder
 
 __all__ = [
     "Evaluate",
@@ -116,10 +117,11 @@ class _Run:
     """Model, optimizer and data of one call of `train`, and what one step does with them."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, tokens: TokenSet, options: TrainOptions, processes: Processes
-    ) -> None:
+        self, model: nn.Module, objective: Objective, tokens: TokenSet, options: TrainOptions, processes: Processes,
+        order: WindowOrder | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.objective, self.tokens = model, objective, tokens
-        self.options, self.processes = options, processes
+        self.options, self.processes, self.order = options, processes, order
         self.windows, self.window_tokens = tokens.ids.shape
         self.steps = options.total_steps(self.windows, self.window_tokens)
         self.schedule = schedule_of(options.schedule, options.warmup_share, options.decay_share, options.final_share)
@@ -141,7 +143,10 @@ class _Run:
         objective = self.objective
         if isinstance(objective, SteppedObjective):
             objective = objective.at(step, self.steps)
-        windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
+        if self.order is None:
+            windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
+        else:
+            windows = self.order.windows(options.batch_size, step)
         pieces = windows.view(options.gradient_accumulation, world, -1)[:, rank]
         total, parts = 0.0, dict[str, float]()
         for index, piece in enumerate(pieces):
@@ -174,6 +179,15 @@ class _Run:
         with evaluating(self.model), torch.no_grad():
             return {f"evaluation_{name}": float(value) for name, value in evaluate(self.model, step).items()}
 
+    def ordered(self, step: int) -> dict[str, Any] | None:
+        """Return the state of the order after so many steps, changed if it is time; None without one."""
+        if self.order is None:
+            return None
+        if self.order.due(step) and step < self.steps:
+            with evaluating(self.model), torch.no_grad():
+                self.order.update(self.model, step)
+        return self.order.state()
+
 
 def _content_sum(model: nn.Module) -> int:
     """Return the sum of all weights' and buffers' bit patterns, read as whole numbers: exact in any order, no copy."""
@@ -185,8 +199,11 @@ def _content_sum(model: nn.Module) -> int:
     )
 
 
-def _check(model: nn.Module, tokens: TokenSet, options: TrainOptions, world: int) -> None:
+def _check(model: nn.Module, tokens: TokenSet, options: TrainOptions, world: int, ordered: bool) -> None:
     tokens.require("train")
+    if tokens.mixture is not None and not ordered:
+        raise RecipeError(f"{tokens.source}: the shares of this set are to be learned (data.learn_weights_every), and "
+                          "only distillation does that. Leave the key out.")  # fmt: skip
     if tokens.ids.ndim != 2 or tokens.ids.shape[0] < 1 or tokens.ids.shape[1] < 2:
         raise DataError(
             f"{tokens.source}: the token set has the shape {tuple(tokens.ids.shape)}; training needs at least "
@@ -213,6 +230,8 @@ def _resume(run: _Run, folder: Path | None, fingerprint: Mapping[str, Any]) -> t
     if (found := checkpoints.newest()) is not None:
         checkpoints.load(found, run.model, run.optimizer)
         progress = RunProgress.from_json(found.progress)
+        if run.order is not None and progress.order is not None:
+            run.order.restore(progress.order)
     if run.processes.first:
         cut_log(folder / "run.jsonl", progress.step)
     return progress, checkpoints
@@ -247,6 +266,7 @@ def _loop(
         began = time.perf_counter()
         loss, parts, rate, norm = run.step(progress.step)
         now = progress.add(loss, parts, rate, norm, time.perf_counter() - began)
+        progress.order = run.ordered(progress.step)
         for listener in listeners:
             listener(now)
         last = progress.step == run.steps
@@ -274,6 +294,7 @@ def train(
     identity: Mapping[str, object] | None = None,
     evaluate: Evaluate | None = None,
     stop: Callable[[int], bool] = lambda step: False,
+    order: WindowOrder | None = None,
 ) -> TrainResult:
     """Train `model` in place and return how it went. Under `torchrun` every process calls this alike.
 
@@ -283,18 +304,19 @@ def train(
     `on_step` gets every step's own values, in every process. `evaluate` is called every `evaluate_every` steps and
     after the last, in every process, with the module in evaluation mode (under `torchrun` the sharded one); what it
     returns stands in the log, each name behind `evaluation_`. `stop` is asked before every step, with the number of
-    steps taken, whether the run ends here; it must say the same in every process and in a resumed run.
+    steps taken, whether the run ends here; it must say the same in every process and in a resumed run. An `order`
+    chooses the windows (`window_order`).
 
     Raises DataError for a token set of another role or without windows, RecipeError if nothing is trainable, the batch
     cannot be cut, or the folder holds another run, MissingExtra for a tracker that is not installed, and GateFailed
     when a loss or gradient is no finite number, or the loss runs away (`train_guard`).
     """
     processes = Processes.current(next(model.parameters()).device)
-    _check(model, tokens, options, processes.world)
+    _check(model, tokens, options, processes.world, order is not None)
     start = {} if folder is None else {"start_weights": _content_sum(model), **(identity or {})}
     sharded = Sharded(model, processes)
     try:
-        run = _Run(sharded.module, objective, tokens, options, processes)
+        run = _Run(sharded.module, objective, tokens, options, processes, order)
         progress, checkpoints = _resume(run, folder, {**run.settings(), **start})
         names = options.trackers if processes.first and progress.step < run.steps else ()
         trackers: list[Tracker] = open_trackers(names, folder, run.settings(), progress.step)

@@ -67,6 +67,8 @@ class RunProgress:
     last_line: TrainLine | None = None
     lowest_line: float | None = None
     """Least mean loss of a closed line."""
+    order: dict[str, Any] | None = None
+    """State of a `WindowOrder`, where the run has one."""
 
     def add(
         self, loss: float, parts: Mapping[str, float], learning_rate: float, grad_norm: float, seconds: float

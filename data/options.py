@@ -35,6 +35,11 @@ class DataOptions:
     """Shares of the places of `train` in the tokens trained on, in their order; None takes all there is of each."""
     most_repeats: int = 1
     """With weights: how often a place may be gone through where it is too small for its share."""
+    learn_weights_every: int | None = None
+    """With weights, in distillation: every so many steps they follow what is left to learn of each place; None: never
+    (`learned_mixture`)."""
+    held_out_windows: int = 8
+    """With learned weights: windows of each place that are measured on and not trained on."""
     seed: int = 0
     """Order of the windows and choice of the calibration documents."""
 
@@ -52,9 +57,18 @@ class DataOptions:
             wrong.append(f"train={list(places)!r} (needed: at least one file, folder or data set)")
         wrong += [
             f"{name}={getattr(self, name)!r} (needed: a whole number of at least {least}, or none)"
-            for name, least in (("context", 2), ("evaluation_tokens", 2), ("train_tokens", 1))
+            for name, least in (
+                ("context", 2),
+                ("evaluation_tokens", 2),
+                ("train_tokens", 1),
+                ("learn_weights_every", 1),
+            )
             if getattr(self, name) is not None and not getattr(self, name) >= least
         ]
+        if self.learn_weights_every is not None and self.weights is None:
+            wrong.append("learn_weights_every without weights (needed: weights to begin with)")
+        if not self.held_out_windows >= 1:
+            wrong.append(f"held_out_windows={self.held_out_windows!r} (needed: a whole number of at least 1)")
         if not self.calibration_windows >= 1:
             wrong.append(f"calibration_windows={self.calibration_windows!r} (needed: a whole number of at least 1)")
         if not 0 < self.evaluation_share < 1:

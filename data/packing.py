@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,13 +30,13 @@ from torch import Tensor
 from dwindle.data.document import Document, document_sha256
 from dwindle.data.mixture import chosen_windows, counts_of_shares
 from dwindle.errors import DataError
-from dwindle.token_set import Role, TokenSet
+from dwindle.token_set import Mixture, Role, TokenSet
 from dwindle.tokenization import adds_bos, encode, encode_plain, encode_prefix, encoding_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["joined_text", "pack", "pack_evaluation", "pack_mixture"]
+__all__ = ["joined_text", "pack", "pack_evaluation", "pack_learned", "pack_mixture"]
 
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 22
@@ -101,6 +102,34 @@ def pack_mixture(
     chosen = chosen_windows(available, counts_of_shares(available, weights, most_repeats), seed)[:windows]
     documents = [document for group in groups for document in group]
     return _token_set(torch.cat([one.ids for one in sets])[chosen], "train", documents, tokenizer)
+
+
+def pack_learned(
+    groups: Sequence[Sequence[Document]],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Sequence[float],
+    every: int,
+    held_out: int,
+    context: int,
+    seed: int,
+) -> TokenSet:
+    """Return training windows of all groups end to end, with the `Mixture` by which their shares are learned.
+
+    Raises DataError, naming every one, for groups with too few windows to hold some out.
+    """
+    sets = [pack(group, tokenizer, role="train", context=context, seed=seed) for group in groups]
+    few = [f"{name} has {len(one.ids):,}" for name, one in zip(names, sets, strict=True) if len(one.ids) <= held_out]
+    if few:
+        raise DataError(f"learned weights need more than {held_out} windows of {context + 1:,} tokens from each place: "
+                        f"{', '.join(few)}. Add text, or set data.held_out_windows.")  # fmt: skip
+    documents = [document for group in groups for document in group]
+    made = _token_set(torch.cat([one.ids[held_out:] for one in sets]), "train", documents, tokenizer)
+    mixture = Mixture(names=tuple(names), windows=tuple(len(one.ids) - held_out for one in sets), every=every,
+                      weights=tuple(weights), held_out=tuple(one.ids[:held_out] for one in sets))  # fmt: skip
+    settings = f"{made.sha256} {mixture.windows} {mixture.weights} {every} {held_out}"
+    return replace(made, mixture=mixture, sha256=hashlib.sha256(settings.encode()).hexdigest())
 
 
 def pack_evaluation(

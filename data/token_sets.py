@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dwindle.data.corpus_folder import of_corpus, role_folder
 from dwindle.data.document import Document, document_sha256
 from dwindle.data.options import DataOptions
-from dwindle.data.packing import joined_text, pack, pack_evaluation, pack_mixture
+from dwindle.data.packing import joined_text, pack, pack_evaluation, pack_learned, pack_mixture
 from dwindle.data.sources import Source, check_sources, is_plain_text, read_documents, read_text
 from dwindle.errors import DataError
 from dwindle.token_set import TokenSet, require_disjoint
@@ -201,6 +201,10 @@ def _pack_training(
     if empty:
         raise DataError(f"{', '.join(empty)}: all of it serves calibration or evaluation, and its weight asks for some "
                         "in training. Add data, or name an evaluation text with data.evaluation.")  # fmt: skip
+    if options.learn_weights_every is not None:
+        return pack_learned(groups, options.train, tokenizer, weights=options.weights, context=window,
+                            every=options.learn_weights_every, held_out=options.held_out_windows,
+                            seed=options.seed)  # fmt: skip
     return pack_mixture(groups, tokenizer, weights=options.weights, most_repeats=options.most_repeats, context=window,
                         seed=options.seed, windows=windows)  # fmt: skip
 

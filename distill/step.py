@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwindle.clock import StepClock
+from dwindle.data.learned_mixture import LearnedOrder
 from dwindle.distill.cached_teacher import CachedTeacher, prepared_cache
 from dwindle.distill.layer_match import PROJECTIONS, attach_projections, layer_pairs
+from dwindle.distill.learned_weights import learned_order
 from dwindle.distill.objective import DistillObjective
 from dwindle.distill.on_policy import OnPolicyObjective
 from dwindle.distill.options import DistillOptions, TeacherSpec
@@ -72,7 +74,8 @@ def run(
         if evaluation is not None:
             live = None if teacher is None else LiveTeacher(teacher, mapped=mapped)
             probe = Probe(evaluation, live, train.ids.shape[1] - 1, student.tokenizer, folder)
-        result = _train(model, objective, train, options, folder, on_step, identity, probe)
+        order = learned_order(train, options.seed, teacher, mapped, cached=options.cache is not None)
+        result = _train(model, objective, train, options, folder, on_step, identity, probe, order)
         if hasattr(model, PROJECTIONS):
             delattr(model, PROJECTIONS)
         recorded = {**asdict(options), "betas": list(options.betas), "losses": losses, "cache": taught["cache"],
@@ -80,6 +83,8 @@ def run(
         distilled = student.derive(model, "distill", recorded, inputs).stored_dtype_rounded()
         after = distilled.size()
     details, skipped = _tell(result, options)
+    if order is not None:
+        details["mixture"] = order.to_json()
     return distilled, StepRecord("distill", before, after, seconds=clock.seconds, peak_rss_bytes=clock.peak_rss_bytes,
                                  details=details, skipped=skipped)  # fmt: skip
 
@@ -136,9 +141,10 @@ def _train(
     on_step: Callable[[TrainLine], None] | None,
     identity: dict[str, Any],
     probe: Probe | None,
+    order: LearnedOrder | None,
 ) -> TrainResult:
     return train(model, objective, tokens, options.training, folder=folder, on_step=on_step, identity=identity,
-                 evaluate=probe)  # fmt: skip
+                 evaluate=probe, order=order)  # fmt: skip
 
 
 def _check(
