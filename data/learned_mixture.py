@@ -7,10 +7,10 @@ same (Sheared LLaMA, Xia et al. 2023, arXiv 2310.06694, algorithm 1, whose refer
 distillation the teacher is where the student can get to). Places the student is behind in are read more, places it has
 caught up with less, and the weights add up over the run.
 
-A batch of B windows has floor or ceil of B * w_d of place d: systematic sampling, its starts a golden-ratio sequence, so
-that shares are met closely over a few steps too.
-Each place is gone through in a random order, and again in another when it is at its end. Weights, windows drawn and the
-history are JSON and stand in every checkpoint, so a resumed run goes on bit for bit.
+A batch of B windows has floor or ceil of B * w_d of place d: systematic sampling, its starts a golden-ratio sequence,
+so that shares are met closely over a few steps too. Each place is gone through in a random order, and again in another
+when it is at its end. Weights, windows drawn and the history are JSON and stand in every checkpoint, so a resumed run
+goes on bit for bit.
 """
 
 from __future__ import annotations
