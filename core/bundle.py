@@ -37,6 +37,7 @@ from dwindle.model_source import (
 from dwindle.report import Measurement
 from dwindle.storage import atomic_folder, hash_file, hash_json, require_space, write_json
 from dwindle.tokenizer_files import load_tokenizer, name_generic_tokenizer, tokenizer_sha256
+from dwindle.torch_device import usable_device
 from dwindle.vocabulary_map import VocabularyMap
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ class ModelBundle:
     ) -> ModelBundle:
         """Return the bundle of a local folder or Hugging Face id. Raises UnsupportedModel; never loads a pickle.
 
-        `trust_remote_code` concerns the tokenizer: the model's own class is always transformers'.
+        Raises RecipeError for a device that is not there. `trust_remote_code` concerns the tokenizer: the model's own
+        class is always transformers'.
         """
+        device = usable_device(torch_device)
         if trust_remote_code:
             warn_remote_code(str(path_or_id))
         folder, revision = find_folder(path_or_id)
@@ -92,7 +95,7 @@ class ModelBundle:
         named = folder.resolve().name if revision is None else str(path_or_id)
         lineage = lineage_of(folder, files.files, named, revision)
         mapped = VocabularyMap.read(folder)
-        return cls(model.to(torch_device), tokenizer, anatomy, lineage, _DTYPES[stored], mapped)
+        return cls(model.to(device), tokenizer, anatomy, lineage, _DTYPES[stored], mapped)
 
     @classmethod
     def from_model(

@@ -26,6 +26,7 @@ from dwindle.model_source import find_folder
 from dwindle.offloaded_model import offloaded_model, sharded_model
 from dwindle.sharding import Processes, repeated_layers
 from dwindle.tokenizer_files import load_tokenizer
+from dwindle.torch_device import usable_device
 from dwindle.vocabulary_map import VocabularyMap
 from dwindle.weight_source import StoredTensors
 
@@ -91,13 +92,14 @@ class Teacher:
 
         Raises UnsupportedModel for what is no causal language model of transformers, or damaged.
         """
+        asked = usable_device(torch_device)
         folder, revision = find_folder(path_or_id)
         config = causal_config(folder)
         packed = getattr(config, "quantization_config", None) is not None
         if offload and packed:
             raise UnsupportedModel(f"{folder} is quantized, and codes are not read layer by layer. Load it whole.")
-        processes = Processes.current(torch.device(torch_device))
-        device = processes.device(torch.device(torch_device))
+        processes = Processes.current(asked)
+        device = processes.device(asked)
         sharded = not (alone or offload or packed) and processes.world > 1
         if in_table(config) and not (offload or sharded):
             return cls.of(ModelBundle.load(path_or_id, torch_device=device))

@@ -16,6 +16,7 @@ from dwindle.bundle import ModelBundle, lineage_of
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.model_source import find_folder, skeleton_of
 from dwindle.streamed_blocks import StreamedBlocks
+from dwindle.torch_device import usable_device
 from dwindle.vocabulary_map import VocabularyMap
 from dwindle.weight_source import WeightSource
 
@@ -33,8 +34,10 @@ class FolderBundle(ModelBundle):
     def open(cls, path_or_id: str | Path, torch_device: str | torch.device = "cpu") -> FolderBundle:
         """Return the bundle of a local folder or Hugging Face id, after one pass over its weights.
 
-        Raises UnsupportedModel or RecipeError for what cannot be cut: quantized checkpoints, other families, NaN.
+        Raises UnsupportedModel or RecipeError for what cannot be cut (quantized checkpoints, other families, NaN), and
+        RecipeError for a device that is not there.
         """
+        usable_device(torch_device)
         folder, revision = find_folder(path_or_id)
         source = WeightSource(folder)
         broken = [name for name, largest in source.extremes() if not torch.isfinite(largest)]
