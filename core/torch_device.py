@@ -22,7 +22,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise RecipeError(f"--torch-device {name}: torch knows no such device. {_there_is()}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        built = "sees" if torch.backends.cuda.is_built() else "was built without CUDA and sees"
+        built = "sees" if torch.version.cuda else "was built without CUDA and sees"
         raise RecipeError(f"--torch-device {name}: this torch ({torch.__version__}) {built} {_gpus()}. {_there_is()}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RecipeError(f"--torch-device {name}: no Apple GPU here. {_there_is()}")
