@@ -36,22 +36,27 @@ class AdapterShelf(Generic[T]):
     def file_of(self, folder: Path, file: str) -> Path:
         """Return the runtime's file of a packaged adapter that fits this artifact.
 
-        Raises RecipeError for an artifact without inputs for adapters or an adapter of another base, UnsupportedModel
-        for a folder that is no packaged adapter of this runtime.
+        Raises RecipeError for an artifact that is not ready for adapters or an adapter of another base,
+        UnsupportedModel for a folder that is no packaged adapter of this runtime.
         """
+        self.card_of(folder)
+        if not (folder / file).is_file():
+            raise UnsupportedModel(f"{folder} holds no {file}. Run: dwindle adapters package {folder} --for "
+                                   f"{self._artefact} -o OUT")  # fmt: skip
+        return folder / file
+
+    def card_of(self, folder: Path) -> AdapterCard:
+        """Return the card of an adapter that fits this artifact; raises as `file_of` does."""
         if self.kind == "none":
-            raise RecipeError(f"{self._artefact} has no inputs for adapters. Export the model again with --adapter, or "
-                              "with --set adapter_inputs=lora.")  # fmt: skip
+            raise RecipeError(f"{self._artefact} is not ready for adapters. Export the model again with --adapter, or "
+                              "for ONNX and Core AI with --set adapter_inputs=lora.")  # fmt: skip
         card = AdapterCard.read(folder)
         if card.base_sha256 != self.base_sha256:
             raise RecipeError(
                 f"{folder}: trained on {card.base_name} ({card.base_sha256[:12]}), {self._artefact} was made from "
                 f"{self.base_sha256[:12]}. An adapter fits the very codes it was trained on."
             )
-        if not (folder / file).is_file():
-            raise UnsupportedModel(f"{folder} holds no {file}. Run: dwindle adapters package {folder} --for "
-                                   f"{self._artefact} -o OUT")  # fmt: skip
-        return folder / file
+        return card
 
     def add(self, name: str, held: T) -> str:
         """Keep an adapter under its name, in place of an earlier one of that name; return the name."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from dwindle.bundle import ModelBundle
 from dwindle.errors import MissingExtra
+from dwindle.export.adapter_package import adapter_factors
 from dwindle.export.carried_adapters import CarriedAdapter
 from dwindle.export.options import ExportOptions
 from dwindle.export.parity import DecodeRunner, ParityLimits
@@ -150,11 +151,14 @@ def _coreml_problems(bundle: ModelBundle, options: ExportOptions) -> list[str]:
 
 
 def _write_coreml(
-    bundle: ModelBundle, folder: Path, options: ExportOptions, _: Sequence[CarriedAdapter]
-) -> Written:  # fmt: skip
-    info = _module("coreml_package", "coreml").export_coreml(bundle, folder, options)
+    bundle: ModelBundle, folder: Path, options: ExportOptions, adapters: Sequence[CarriedAdapter]
+) -> Written:
+    changes = {adapter.name: adapter_factors(adapter, bundle) for adapter in adapters}
+    info = _module("coreml_package", "coreml").export_coreml(bundle, folder, options, changes)
     runtime = {**_shapes(options), **info.facts()}
-    return Written(runtime, info.minimum_os, 2)
+    functions = {name: list(names) for name, names in info.adapters.items()}
+    inputs = {"inputs": "functions", "functions": functions} if functions else {}
+    return Written(runtime, info.minimum_os, 2, inputs)
 
 
 def _open_coreml(folder: Path) -> ExecutedRunner:
@@ -217,6 +221,7 @@ BACKENDS: dict[str, Backend] = {
     "coreml": Backend(
         extra="coreml", libraries=("coremltools", "numpy", "torch", "transformers"), limits=_coreml_limits,
         problems=_coreml_problems, write=_write_coreml, open=_open_coreml, not_executed=_coreml_not_executed,
+        adapters=True,
     ),
     "coreai": Backend(
         extra="coreai", libraries=("coreai-core", "coreai-torch", "torch", "transformers"),

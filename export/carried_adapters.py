@@ -71,7 +71,7 @@ def read_adapters(folders: Sequence[Path], sha256: str, anatomy: Anatomy) -> tup
             continue
         found.append(adapter)
         problems += [f"{folder}: {problem}" for problem in _problems(adapter, sha256, shapes)]
-    counts = Counter(adapter.name for adapter in found)
+    counts = Counter(re.sub(r"\W", "_", adapter.name) for adapter in found)
     twice = [f"{name} ({count} times)" for name, count in counts.items() if count > 1]
     if twice:
         problems.append(f"adapters are told apart by the names of their folders, and these are given more than once: "

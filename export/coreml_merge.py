@@ -42,8 +42,9 @@ def merge_functions(packages: Mapping[str, Path], merged: Path, default: str) ->
     functions = message.mlProgram.functions
     described = message.description
     entries = [_described(described, first)]
-    functions[first].CopyFrom(functions[_MAIN])
-    del functions[_MAIN]
+    if first != _MAIN:
+        functions[first].CopyFrom(functions[_MAIN])
+        del functions[_MAIN]
     with (merged / WEIGHTS_FILE).open("r+b") as weights:
         places = {digest: offset for offset, digest in _constants(weights)}
         for name in others:

@@ -18,6 +18,8 @@ Where the weights pass `largest_file_bytes` the layers are cut into several pack
 another: all but the first take `hidden` fp16 [1, T, width] instead of tokens, all but the last return `hidden_out`
 instead of logits, and each has the states of its own layers.
 
+An adapter is a function more, or with static shapes two (`coreml_adapters.py`).
+
 The modules that are traced stand in `coreml_decoder.py`, the conversion in `coreml_convert.py`, packed weights in
 `coreml_weights.py`; `mil_evaluator.py` executes what was saved. Computation is float16; cos and sin come from tables,
 because a position times a frequency would lose the far positions.
@@ -25,6 +27,7 @@ because a position times a frequency would lose the far positions.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -37,14 +40,16 @@ import dwindle
 from dwindle.anatomy import Anatomy
 from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError
+from dwindle.export.coreml_adapters import ADAPTERS_KEY, adapt, function_name
 from dwindle.export.coreml_chunks import planned_parts
-from dwindle.export.coreml_convert import DECODE, HIDDEN, HIDDEN_OUT, PREFILL, save_program
+from dwindle.export.coreml_convert import DECODE, FLEXIBLE, HIDDEN, HIDDEN_OUT, PREFILL, save_program
 from dwindle.export.coreml_decoder import DecoderPart, Part, hollow_decoder
 from dwindle.export.coreml_engine import engine_notes
 from dwindle.export.coreml_files import PACKAGE, WEIGHTS_FILE, chunk_name, settle
 from dwindle.export.coreml_merge import merge_functions
 from dwindle.export.coreml_weights import CarriedWeight, coreml_problems
 from dwindle.export.options import ExportOptions
+from dwindle.low_rank import Factors
 from dwindle.quantized_model import packed_specs
 from dwindle.storage import folder_bytes
 
@@ -52,6 +57,8 @@ __all__ = ["MINIMUM_OS", "CoreMLInfo", "export_coreml"]
 
 MINIMUM_OS = "iOS 18 / macOS 15"
 """First systems with states, int4 blocks, grouped palettes and several functions in a package."""
+
+_NONE: Mapping[str, Mapping[str, Factors]] = {}
 
 _FEATURES = {
     "input_ids": "New tokens, int32 [1, T].",
@@ -79,6 +86,9 @@ class CoreMLInfo:
     """What the bundle counts for the same weights (`ModelBundle.size`)."""
     context_length: int
     functions: tuple[str, ...]
+    """Of the base."""
+    adapters: Mapping[str, tuple[str, ...]]
+    """Functions of each adapter."""
     prefill_tokens: int | None
     """None: the program takes any number."""
     convert_seconds: float
@@ -105,8 +115,12 @@ class CoreMLInfo:
                 "prefill_tokens": self.prefill_tokens, "compute": "float16", "notes": list(self.notes)}  # fmt: skip
 
 
-def export_coreml(bundle: ModelBundle, folder: Path, options: ExportOptions) -> CoreMLInfo:
+def export_coreml(
+    bundle: ModelBundle, folder: Path, options: ExportOptions, adapters: Mapping[str, Mapping[str, Factors]] = _NONE
+) -> CoreMLInfo:
     """Write `model.mlpackage`, or the packages of a model that must be cut, into an existing folder.
+
+    `adapters` are their changes by name; each is a function, or two, of every package (`coreml_adapters.py`).
 
     Raises RecipeError for what Core ML cannot store and MissingExtra without coremltools, both before any work, and
     ExportFailed if the converter gives up.
@@ -121,31 +135,48 @@ def export_coreml(bundle: ModelBundle, folder: Path, options: ExportOptions) -> 
                      for i in range(len(parts)))  # fmt: skip
     for old in folder.glob("*.mlpackage"):
         shutil.rmtree(old)
-    decoder, matrices = hollow_decoder(bundle, context)
-    for index, (part, package) in enumerate(zip(parts, packages, strict=True)):
-        model = DecoderPart(decoder, part, static=options.shapes == "static").eval()
-        _save(model, _constants(matrices, part, bundle.anatomy), package, options)
-        settle(package, _FEATURES, _about(bundle, options, f"{index + 1} of {len(parts)}"))
+    decoders = {None: hollow_decoder(bundle, context)}
+    for name, changes in adapters.items():
+        decoder, matrices = hollow_decoder(bundle, context)
+        decoders[name] = decoder, adapt(decoder, matrices, changes)
     static = options.shapes == "static"
+    functions = (PREFILL, DECODE) if static else (FLEXIBLE,) if adapters else ()
+    named = {name: {function: function_name(name, function) for function in functions} for name in adapters}
+    for index, (part, package) in enumerate(zip(parts, packages, strict=True)):
+        models = {name: (DecoderPart(decoder, part, static=static).eval(), _constants(matrices, part, bundle.anatomy))
+                  for name, (decoder, matrices) in decoders.items()}  # fmt: skip
+        _save(models, package, options)
+        about = _about(bundle, options, f"{index + 1} of {len(parts)}")
+        about["userDefined"][ADAPTERS_KEY] = json.dumps(named)
+        settle(package, _FEATURES, about)
     return CoreMLInfo(
         packages=packages, parts=parts, bytes=sum(map(folder_bytes, packages)),
         weights_bytes=tuple((package / WEIGHTS_FILE).stat().st_size for package in packages),
         counted_bytes=bundle.size().bytes, context_length=context,
-        functions=(PREFILL, DECODE) if static else (), prefill_tokens=options.prefill_tokens if static else None,
+        functions=functions, adapters={name: tuple(found.values()) for name, found in named.items()},
+        prefill_tokens=options.prefill_tokens if static else None,
         convert_seconds=time.perf_counter() - started, notes=engine_notes(bundle, options),
     )  # fmt: skip
 
 
-def _save(model: DecoderPart, weights: Mapping[str, CarriedWeight], package: Path, options: ExportOptions) -> None:
-    """Write one package, its functions merged into it if there are two."""
-    if not model.static:
-        save_program(model, weights, None, package)
+def _save(
+    models: Mapping[str | None, tuple[DecoderPart, Mapping[str, CarriedWeight]]], package: Path, options: ExportOptions
+) -> None:
+    """Write one package, its functions merged into it if there are several; `models` are the base's and adapters'."""
+    lengths: dict[str, int | None] = {FLEXIBLE: None}
+    if models[None][0].static:
+        lengths = {PREFILL: options.prefill_tokens, DECODE: 1}
+    if len(lengths) * len(models) == 1:
+        save_program(*models[None], None, package)
         return
     with tempfile.TemporaryDirectory(dir=package.parent, prefix=".functions-") as scratch:
-        single = {name: Path(scratch) / f"{name}.mlpackage" for name in (PREFILL, DECODE)}
-        for name, tokens in ((PREFILL, options.prefill_tokens), (DECODE, 1)):
-            save_program(model, weights, tokens, single[name])
-        merge_functions(single, package, default=DECODE)
+        single = {}
+        for name, (model, weights) in models.items():
+            for function, tokens in lengths.items():
+                made = function if name is None else function_name(name, function)
+                single[made] = Path(scratch) / f"{made}.mlpackage"
+                save_program(model, weights, tokens, single[made])
+        merge_functions(single, package, default=list(lengths)[-1])
 
 
 def _constants(matrices: Mapping[str, CarriedWeight], part: Part, anatomy: Anatomy) -> dict[str, CarriedWeight]:

@@ -10,9 +10,10 @@ are run one after another, the hidden state going from each to the next.
 
 from __future__ import annotations
 
+import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwindle.errors import RecipeError
+from dwindle.export.adapter_shelf import AdapterShelf
+from dwindle.export.coreml_adapters import ADAPTERS_KEY
+from dwindle.export.coreml_files import read_specification
 from dwindle.export.coreml_interface import PackageInterface, interface_of, packages_at
 from dwindle.export.kv_cache import MASKED
 from dwindle.export.mil_evaluator import MilProgram
@@ -40,9 +44,48 @@ class CoreMLRunner(ABC):
     def __init__(self, path: Path) -> None:
         """Read a package or a folder. Raises OutputError, UnsupportedModel or MissingExtra."""
         self.packages = packages_at(path)
-        self.interface: PackageInterface = interface_of(self.packages, [read_functions(p) for p in self.packages])
+        about = dict(read_specification(self.packages[0]).description.metadata.userDefined)
+        self._functions: dict[str, dict[str, str]] = json.loads(about.get(ADAPTERS_KEY, "{}"))
+        of_adapters = {name for found in self._functions.values() for name in found.values()}
+        self.interface: PackageInterface = interface_of(
+            self.packages,
+            [
+                {name: body for name, body in read_functions(p).items() if name not in of_adapters}
+                for p in self.packages
+            ],
+        )
+        self._shelf: AdapterShelf[dict[str, str]] = AdapterShelf(
+            path, about.get("dwindle.source_sha256", ""), "functions" if self._functions else "none"
+        )
+        self._adapter: dict[str, str] | None = None
         self.context, self.vocabulary = self.interface.context, self.interface.vocabulary
         self.length = 0
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Return the names of the adapters that were loaded."""
+        return self._shelf.names
+
+    def load_adapter(self, folder: Path) -> str:
+        """Take up an adapter that is a function of the package; return its name.
+
+        Raises RecipeError for one of another base, or that is no function of this package.
+        """
+        name = folder.resolve().name
+        card = self._shelf.card_of(folder)
+        if name not in self._functions:
+            raise RecipeError(f"{folder}: {card.task!r} is no function of {self.packages[0]}, which has "
+                              f"{', '.join(self._functions)}. Export the model again with --adapter.")  # fmt: skip
+        return self._shelf.add(name, self._functions[name])
+
+    def activate(self, name: str | None) -> None:
+        """Use an adapter that was loaded, or with None the base, from the next text on; the cache is emptied."""
+        self._adapter = self._shelf.pick(name)
+        self.reset()
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens: later ones write over what is behind them."""
+        self.length = length
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -74,7 +117,7 @@ class CoreMLRunner(ABC):
                 inputs[feed.mask] = mask
             if feed.position is not None:
                 inputs[feed.position] = np.array([self.length], np.int32)
-            x = np.asarray(self._computed(index, function, inputs)[feed.output])
+            x = np.asarray(self._computed(index, (self._adapter or {}).get(function, function), inputs)[feed.output])
         return np.ascontiguousarray(x[0], np.float32)
 
     @abstractmethod
@@ -126,9 +169,9 @@ class CoreMLNativeRunner(CoreMLRunner):
         import coremltools as ct
 
         self._models: list[dict[str, Any]] = [
-            {name: ct.models.MLModel(str(package), function_name=name if len(feeds) > 1 else None) for name in feeds}
-            for package, feeds in zip(self.packages, self.interface.feeds, strict=True)
-        ]
+            {name: ct.models.MLModel(str(package), function_name=name if len(names) > 1 else None) for name in names}
+            for package in self.packages for names in [list(read_functions(package))]
+        ]  # fmt: skip
         self.reset()
 
     def _new_states(self) -> None:

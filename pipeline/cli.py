@@ -39,6 +39,7 @@ COMMANDS = {
     "adapters": ("adapters:adapters", "List and show adapter folders."),
     "export": ("export:export", "Write ONNX, Core ML and Core AI, execute them, prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
+    "generate": ("generate:generate", "Ask a model or an exported artifact, with an adapter; keep the best of N."),
     "validate": ("targets:validate", "Hold a run to budgets on device profiles."),
     "bench": ("targets:bench", "Measure an exported artifact on a real target."),
     "devices": ("targets:devices", "List, show, check or add device profiles."),

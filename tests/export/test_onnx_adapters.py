@@ -192,7 +192,7 @@ def test_a_session_refuses_adapters_that_are_not_its_own(
         export.run(one, ONNX, tmp_path / place, adapters=[write_adapter(one, tmp_path / place / "a")])
     export.run(bundle, replace(ONNX, adapter_inputs="none"), tmp_path / "bare")
     own = tmp_path / "mine" / "onnx" / "adapters" / "a"
-    with pytest.raises(RecipeError, match="no inputs for adapters"):
+    with pytest.raises(RecipeError, match="not ready for adapters"):
         OnnxRunner(tmp_path / "bare" / "onnx").load_adapter(own)
     runner = OnnxRunner(tmp_path / "mine" / "onnx")
     with pytest.raises(RecipeError, match="An adapter fits the very codes"):
