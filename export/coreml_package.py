@@ -48,6 +48,7 @@ from dwindle.export.coreml_engine import engine_notes
 from dwindle.export.coreml_files import PACKAGE, WEIGHTS_FILE, chunk_name, settle
 from dwindle.export.coreml_merge import merge_functions
 from dwindle.export.coreml_weights import CarriedWeight, coreml_problems
+from dwindle.export.decoder import Decoder
 from dwindle.export.options import ExportOptions
 from dwindle.low_rank import Factors
 from dwindle.quantized_model import packed_specs
@@ -135,7 +136,7 @@ def export_coreml(
                      for i in range(len(parts)))  # fmt: skip
     for old in folder.glob("*.mlpackage"):
         shutil.rmtree(old)
-    decoders = {None: hollow_decoder(bundle, context)}
+    decoders: dict[str | None, tuple[Decoder, dict[str, CarriedWeight]]] = {None: hollow_decoder(bundle, context)}
     for name, changes in adapters.items():
         decoder, matrices = hollow_decoder(bundle, context)
         decoders[name] = decoder, adapt(decoder, matrices, changes)
@@ -143,6 +144,7 @@ def export_coreml(
     functions = (PREFILL, DECODE) if static else (FLEXIBLE,) if adapters else ()
     named = {name: {function: function_name(name, function) for function in functions} for name in adapters}
     for index, (part, package) in enumerate(zip(parts, packages, strict=True)):
+        models: dict[str | None, tuple[DecoderPart, Mapping[str, CarriedWeight]]]
         models = {name: (DecoderPart(decoder, part, static=static).eval(), _constants(matrices, part, bundle.anatomy))
                   for name, (decoder, matrices) in decoders.items()}  # fmt: skip
         _save(models, package, options)
