@@ -53,7 +53,7 @@ from dwindle.storage import write_json, write_text
 from dwindle.token_set import TokenSet
 
 BEGIN, END = "<!-- data table: begin -->", "<!-- data table: end -->"
-EVALUATION_TOKENS = 32_768
+EVALUATION_TOKENS = 16_384
 STAGES = ("duplicates", "rules", "teacher_score")
 Record = dict[str, Any]
 
@@ -73,8 +73,8 @@ class Setting:
 
 
 SETTINGS = {
-    "stories260K": Setting(300, 8, 128, 2e-3, 1_000_000, KeepRange(0.8, 2.6)),
-    "pycode-6m": Setting(150, 4, 128, 3e-4, 400_000, KeepRange(1.0, 5.2), code=True),
+    "stories260K": Setting(200, 8, 128, 2e-3, 700_000, KeepRange(0.8, 2.6)),
+    "pycode-6m": Setting(80, 4, 128, 5e-4, 240_000, KeepRange(1.0, 5.2), code=True),
 }
 ROWS = ("raw", "curated", *(f"curated without {stage}" for stage in STAGES), "real text, nothing planted",
         "1/3 teacher-written", "all teacher-written", "a tenth of the real text, repeated",
