@@ -5,6 +5,7 @@ the medians of wall seconds and peak resident memory, the quality both reached, 
 pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
 `quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
 on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
+`adapters-runtime` measures what swapping and using an adapter costs in ONNX Runtime (`adapters_runtime.py`),
 `gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
 (`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
 measure a loss alone, a training step and the students of each loss (`distill_loss.py`, `distill_step.py`,
@@ -32,8 +33,8 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "gate", "report", "prune", "distill-loss", "distill-step",
-         "distill-quality")  # fmt: skip
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters-runtime", "gate", "report", "prune", "distill-loss",
+         "distill-step", "distill-quality")  # fmt: skip
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -90,6 +91,8 @@ def main() -> None:
             scale()
         elif name == "onnx":
             subprocess.run([sys.executable, str(HERE / "onnx_decode.py")], check=True)
+        elif name == "adapters-runtime":
+            subprocess.run([sys.executable, str(HERE / "adapters_runtime.py")], check=True)
         elif name == "prune":
             results = ["--results", str(RESULTS / "prune_quality.json")]
             subprocess.run([sys.executable, str(HERE / "prune_quality.py"), *results, "--peer", peers[0]], check=True)
