@@ -24,7 +24,7 @@ from dwindle.measure import Meter
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.run_texts import RunTexts
-from dwindle.pipeline.stage import Stage, StoredAdapter
+from dwindle.pipeline.stage import RECOVERY, Stage, StoredAdapter
 from dwindle.pipeline.summary import step_line
 from dwindle.report import Measurement, Skipped, StepRecord
 from dwindle.storage import hash_folder
@@ -32,8 +32,6 @@ from dwindle.storage import hash_folder
 __all__ = ["ADAPTER_STEPS", "AdapterSteps", "require_trainable"]
 
 ADAPTER_STEPS = ("recover", "adapt")
-_RECOVERY = "recovery"
-"""Name of the recovery adapter's folder, and so of the adapter in every runtime."""
 _LOG = logging.getLogger("dwindle")
 
 Make = Callable[[Path, Path], StepRecord]
@@ -57,9 +55,9 @@ class AdapterSteps:
         if step.name == "recover":
             inputs = {"model": end.sha256, "unquantized": unquantized.sha256}
             place = self.folder.step_folder(number, step.name, end.variant)
-            return [self._stored("recover", _RECOVERY, end, place, options, inputs,
+            return [self._stored("recover", RECOVERY, end, place, options, inputs,
                                  lambda work, to: self._recover(options, end, unquantized, work, to))]  # fmt: skip
-        start = end.adapters.get(_RECOVERY) if options.from_recovery else None
+        start = end.adapters.get(RECOVERY) if options.from_recovery else None
         return [self._task(number, options, adapters.read_task(task, options.seed), end, start)
                 for task in options.tasks]  # fmt: skip
 

@@ -1,10 +1,10 @@
 """Two or more runs side by side, and which results became worse than the first run's by more than is allowed.
 
-Judged are the last model of each variant (bytes, bits per weight, nats/token, agreement), the bytes of each artifact
-and each metric of a target; `metrics` names others in their place. Steps on the way, KL and times are shown but not
-judged, since a pruned model may be worse before distillation and a time depends on what else the machine did. A
-regression is a relative change in the bad direction, from the first run to each of the others. A judged number that
-disappeared counts as one; numbers of different basis are not compared, which is said.
+Judged are the last model of each variant (bytes, bits per weight, nats/token, agreement), the bytes of each artifact,
+each metric of a target and what adapters do for their tasks; `metrics` names others in their place. Steps on the way,
+KL and times are shown but not judged, since a pruned model may be worse before distillation and a time depends on what
+else the machine did. A regression is a relative change in the bad direction, from the first run to each of the others.
+A judged number that disappeared counts as one; numbers of different basis are not compared, which is said.
 
 What was asked for is compared too: every key of the recipes, the inputs and the versions that is not the same in all.
 """
@@ -12,18 +12,20 @@ What was asked for is compared too: every key of the recipes, the inputs and the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from dwindle.errors import RecipeError, did_you_mean
 from dwindle.pipeline import figures
+from dwindle.pipeline.line_ends import serves_a_task, step_title
 from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord
 
 __all__ = ["Comparison", "Difference", "Row", "Run", "compare_runs", "parse_percent"]
 
 T = TypeVar("T")
-_HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_sustained", "top1_agreement")
+_HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_sustained", "top1_agreement", "exact_match", "rouge_l",
+                     "label_accuracy", "win_rate")  # fmt: skip
 _OF_A_MODEL = (
     "parameters",
     "bytes",
@@ -182,14 +184,15 @@ def _keyed(report: Report) -> dict[_Key, StepRecord]:
     """Return the steps by name, variant and how often the pair stood before."""
     found: dict[_Key, StepRecord] = {}
     for step in report.steps:
-        turn = sum(key[:2] == (step.name, step.variant) for key in found)
-        found[step.name, step.variant, turn] = step
+        name = step_title(step, variant=False)
+        turn = sum(key[:2] == (name, step.variant) for key in found)
+        found[name, step.variant, turn] = step
     return found
 
 
-def _final(steps: Iterable[_Key]) -> set[_Key]:
-    """Return the keys of the last step of each variant (of the line, if there are none)."""
-    last = {key[1]: key for key in steps}
+def _final(steps: Mapping[_Key, StepRecord]) -> set[_Key]:
+    """Return the keys of the last step of each variant (of the line, if there are none), adapters of tasks apart."""
+    last = {key[1]: key for key, step in steps.items() if not serves_a_task(step)}
     return {key for variant, key in last.items() if variant is not None} or set(last.values())
 
 
@@ -206,7 +209,16 @@ def _steps(reports: Sequence[Report], metrics: Sequence[str]) -> Iterator[Row]:
         models = [None if step is None else step.after for step in steps]
         usual = (*_JUDGED_OF_A_MODEL, *(["bits_per_byte"] if any(retold) else []))
         yield from _models(what, models, (metrics or usual) if key in final else (), retold)
+        yield from _tasks(what, steps, metrics)
         yield _row(what, "seconds", _read(steps, lambda step: step.seconds), "seconds" in metrics and key in final)
+
+
+def _tasks(what: str, steps: Sequence[StepRecord | None], metrics: Sequence[str]) -> Iterator[Row]:
+    """Yield what task adapters were measured to do; the KL on general text is shown, not judged."""
+    tables = [step.details.get("metrics_after", {}) if step is not None else {} for step in steps]
+    for name, values in _united([table if isinstance(table, Mapping) else {} for table in tables]):
+        judged = name in metrics if metrics else name in _HIGHER_IS_BETTER
+        yield _row(what, name, [v if isinstance(v, int | float) else None for v in values], judged)
 
 
 def _vocabulary(report: Report) -> list[tuple[object, object]]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwindle.pipeline import figures
+from dwindle.pipeline.adapter_table import adapter_rows
 from dwindle.pipeline.charts import Point, memory_over_context, quality_against_size, time_split
 from dwindle.pipeline.device_views import device_views
 from dwindle.pipeline.layer_tables import layer_tables
+from dwindle.pipeline.line_ends import line_ends, serves_a_task, step_title
 from dwindle.pipeline.lineage import lineage
 from dwindle.pipeline.page import render_page, two_widths
 from dwindle.pipeline.step_facts import flat_facts, step_facts
@@ -48,6 +50,7 @@ def render_html(report: Report, title: str = "dwindle run", recipe_text: str = "
         "cards": _cards(report),
         "chart": two_widths(lambda width: quality_against_size(points, width), 1060),
         "layer_tables": tables,
+        "adapters": adapter_rows(report),
         "targets": _targets(report),
         "metric_names": _metric_names(report),
         "metric_labels": METRIC_LABELS,
@@ -70,6 +73,7 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     there = {
         "Quality": ("quality", values["chart"]),
         "Layers": ("layers", values["layer_tables"]),
+        "Adapters": ("adapters", values["adapters"]),
         "Devices": ("devices", values["targets"]),
         "Samples": ("samples", values["samples"]),
         "Steps": ("steps", values["states"]),
@@ -116,17 +120,9 @@ class _Card:
     note: str
 
 
-def _ends(report: Report) -> list[StepRecord]:
-    """Return the last step of the line, once per variant."""
-    last: dict[str | None, StepRecord] = {}
-    for step in report.steps:
-        last[step.variant] = step
-    return [s for v, s in last.items() if v is not None] or list(last.values())
-
-
 def _cards(report: Report) -> list[_Card]:
     cards = []
-    ends = _ends(report)
+    ends = line_ends(report)
     if ends:
         start = report.steps[0].before
         for end in ends:
@@ -194,17 +190,20 @@ def _states(report: Report) -> list[_State]:
     if not report.steps:
         return []
     start = _State("teacher", None, report.steps[0].before, None, None)
-    return [start, *(_State(s.name, s.variant, s.after, s.before, s) for s in report.steps)]
+    return [start, *(_State(step_title(s, variant=False), s.variant, s.after, s.before, s) for s in report.steps)]
 
 
 def quality_points(report: Report) -> list[Point]:
-    """Return the models whose quality is known; each is linked to the one whose numbers it started from."""
+    """Return the models whose quality is known; each is linked to the one whose numbers it started from.
+
+    Adapters of tasks are left out: they are no other model of the run.
+    """
     points: list[Point] = []
     made: list[Measurement] = []
     variants: list[str | None] = []
     for state in _states(report):
         nats = _teacher_nats(report, state.now)
-        if nats is None or state.now.bytes < 1:
+        if nats is None or state.now.bytes < 1 or (state.step is not None and serves_a_task(state.step)):
             continue
         if state.variant not in variants:
             variants.append(state.variant)

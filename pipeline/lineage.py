@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwindle.pipeline import figures
+from dwindle.pipeline.line_ends import step_title
 from dwindle.report import Report, StepRecord
 
 __all__ = ["Node", "lineage"]
@@ -65,7 +66,7 @@ def _step(step: StepRecord) -> Node:
     lines = [f"{figures.size(step.after.bytes)}, {figures.number(step.after.bits_per_weight, 3)} bits per weight"]
     if step.after.nats_per_token is not None:
         lines.append(f"{figures.number(step.after.nats_per_token)} nats/token")
-    return Node(step.name, tuple(lines))
+    return Node(step_title(step, variant=False), tuple(lines))
 
 
 def _artifacts(report: Report, variant: str | None) -> list[Node]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from dwindle.pipeline import figures
 from dwindle.pipeline.html_report import METRIC_LABELS
+from dwindle.pipeline.line_ends import line_ends, step_title
 from dwindle.pipeline.markdown import code, escape_markdown, table
-from dwindle.report import Metric, Report, StepRecord
+from dwindle.report import Metric, Report
 
 __all__ = ["render_model_card"]
 
@@ -80,13 +81,6 @@ def _sources(report: Report) -> list[str]:
     return [str(d["source"]) for d in _mapping(report.inputs.get("data")).values() if _mapping(d).get("source")]
 
 
-def _last_steps(report: Report) -> list[StepRecord]:
-    last: dict[str | None, StepRecord] = {}
-    for step in report.steps:
-        last[step.variant] = step
-    return [s for v, s in last.items() if v is not None] or list(last.values())
-
-
 def _opening(report: Report) -> str:
     teacher = _mapping(report.inputs.get("teacher")).get("model", "its teacher")
     verb = {
@@ -124,7 +118,7 @@ def _results(report: Report) -> str:
         "Top-1 agreement",
     )
     states = [("teacher", report.steps[0].before)]
-    states += [(f"after {s.name}" + (f" ({s.variant})" if s.variant else ""), s.after) for s in report.steps]
+    states += [(f"after {step_title(s)}", s.after) for s in report.steps]
     rows = [
         (
             escape_markdown(name),
@@ -264,7 +258,7 @@ def _limit_lines(report: Report) -> Iterator[str]:
         "no benchmark of knowledge, safety or bias was run."
     )
     yield "The model inherits what the teacher got wrong, and forgets more of what the training text does not contain."
-    for step in _last_steps(report):
+    for step in line_ends(report):
         agreement = step.after.top1_agreement
         if agreement is not None and agreement < 0.9:
             variant = f" ({escape_markdown(step.variant)})" if step.variant else ""

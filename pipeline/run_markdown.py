@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dwindle.pipeline import figures
 from dwindle.pipeline.html_report import METRIC_LABELS
+from dwindle.pipeline.line_ends import step_title
 from dwindle.pipeline.markdown import code, details, escape_markdown, table
 from dwindle.report import Measurement, Report, TargetVerdict
 
@@ -36,7 +37,7 @@ def _models(report: Report) -> str:
     start = report.steps[0].before
     rows = [_model("teacher", start, start)]
     for step in report.steps:
-        rows.append(_model(step.name + (f" ({step.variant})" if step.variant else ""), step.after, start))
+        rows.append(_model(step_title(step), step.after, start))
     return table(heads, rows)
 
 

@@ -220,11 +220,12 @@ class _Line:
         if not stages:
             return
         place = self.folder.step_folder(0, "samples", None)
-        key = self._key("samples", None, {}, {name: stage.sha256 for name, stage in stages.items()})
+        shown = {name: [stage.sha256, stage.recovery and stage.recovery.sha256] for name, stage in stages.items()}
+        key = self._key("samples", None, {}, shown)
         entry = self.folder.cached(place, key)
         if entry is None:
             self.notify("samples: teacher and students continue the same beginnings")
-            models = {"teacher": self.teacher, **{name: stage.loaded(self.device) for name, stage in stages.items()}}
+            models = {"teacher": self.teacher, **{name: stage.recovered(self.device) for name, stage in stages.items()}}
             try:
                 made = collect_samples(models, prompts_of(self.texts.teachers.evaluation, self.teacher))
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:

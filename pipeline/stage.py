@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dwindle.adapters import Adapter
 from dwindle.bundle import ModelBundle
 from dwindle.report import Measurement
 
-__all__ = ["Stage", "StoredAdapter"]
+__all__ = ["RECOVERY", "Stage", "StoredAdapter"]
+
+RECOVERY = "recovery"
+"""Name of the recovery adapter's folder, and so of the adapter in every runtime."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,13 @@ class Stage:
             assert self.path is not None
             self.bundle = ModelBundle.load(self.path, torch_device=torch_device)
         return self.bundle
+
+    @property
+    def recovery(self) -> StoredAdapter | None:
+        """Return the adapter that makes good what quantization lost, if one was trained."""
+        return self.adapters.get(RECOVERY)
+
+    def recovered(self, torch_device: str) -> ModelBundle:
+        """Return the bundle as the run means it to be used: with its recovery adapter on it."""
+        base = self.loaded(torch_device)
+        return base if self.recovery is None else Adapter.load(self.recovery.path).on(base)

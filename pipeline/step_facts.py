@@ -12,6 +12,7 @@ from typing import Any
 
 from dwindle.pipeline import figures
 from dwindle.pipeline.charts import training_curve
+from dwindle.pipeline.line_ends import step_title
 from dwindle.pipeline.page import TwoWidths, two_widths
 from dwindle.report import StepRecord
 
@@ -44,10 +45,9 @@ def step_facts(step: StepRecord) -> StepFacts:
     if len(facts) > _MOST_ROWS:
         facts = [*facts[:_MOST_ROWS], ("and more", f"{len(facts) - _MOST_ROWS} further values in report.json")]
     first = history_of(step)
-    title = f"{step.name} ({step.variant})" if step.variant else step.name
     told = [str(step.details[key]) for key in ("method", "scheme", "objective") if step.details.get(key)]
     curve = two_widths(lambda width: training_curve(first, width)) if first else None
-    return StepFacts(title, ", ".join(told), tuple(facts), curve)
+    return StepFacts(step_title(step), ", ".join(told), tuple(facts), curve)
 
 
 def history_of(step: StepRecord) -> Sequence[tuple[float, float]]:

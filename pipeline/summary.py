@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+from dwindle.pipeline.line_ends import step_title
 from dwindle.report import Artifact, Measurement, Metric, Report, StepRecord, TargetVerdict
 
 __all__ = ["artifact_line", "step_line", "summary"]
@@ -73,9 +74,7 @@ def summary(report: Report, width: int = 118) -> str:
     if report.steps:
         models.add_row(*_model_row("teacher", report.steps[0].before, None))
     for step in report.steps:
-        name = f"{step.name} {step.details['task']}" if step.name == "adapt" else step.name
-        label = name + (f" ({step.variant})" if step.variant else "")
-        models.add_row(*_model_row(label, step.after, step.seconds))
+        models.add_row(*_model_row(step_title(step), step.after, step.seconds))
     console.print(models)
 
     if report.artifacts:

@@ -61,6 +61,20 @@ def sample_report(*, passed: bool = True, name: str = "prune", speed: float = 80
     return Report(steps, (onnx, coreml), targets, skipped, {"dwindle": "0.1.0", "packages": {"torch": "2.13"}}, inputs)
 
 
+def adapted_report(exact_match: float = 0.75) -> Report:
+    """The sample report with a recovery adapter on each variant and a task's adapter on one."""
+    report = sample_report()
+    recovered = replace(INTEGERS, bytes=1_420_000, nats_per_token=1.51, kl_nats_per_token=0.04)
+    recover = StepRecord("recover", INTEGERS, recovered, "onnx", 60.0, 900_000_000, {
+        "rank": 16, "adapter_bytes": 20_000, "tokens": 500_000, "gap": {"kl_before": 0.1, "kl_closed": 0.6}})  # fmt: skip
+    spoilt = replace(recovered, nats_per_token=2.2)
+    adapt = StepRecord("adapt", recovered, spoilt, "onnx", 30.0, 900_000_000, {
+        "task": "titles", "rank": 8, "adapter_bytes": 10_000, "records": 1200, "started_from": "recovery",
+        "metrics_before": {"exact_match": 0.1}, "metrics_after": {"exact_match": exact_match, "general_kl": 0.3},
+    })  # fmt: skip
+    return replace(report, steps=(*report.steps, recover, adapt))
+
+
 def planned_step(
     blocks: int = 2, width: int = 64, scheme: Any = "palettize", prefix: str = "model.layers"
 ) -> StepRecord:

@@ -10,7 +10,7 @@ from dwindle.pipeline.compare import Comparison, Row, Run, compare_runs, parse_p
 from dwindle.pipeline.comparison_text import comparison_markdown, comparison_text
 from dwindle.report import Report, TargetVerdict
 
-from .sample_report import sample_report
+from .sample_report import adapted_report, sample_report
 
 
 def compare_reports(
@@ -148,6 +148,16 @@ def test_metrics_choose_what_is_judged() -> None:
     assert "kl_nats_per_token" in compare_reports(report, far, 0.01, ("kl_nats_per_token",)).failures[0]
     with pytest.raises(RecipeError, match="did you mean 'tokens_per_second'"):
         compare_reports(report, report, 0.01, ("token_per_second",))
+
+
+def test_what_adapters_do_for_their_tasks_is_judged() -> None:
+    good, poor = adapted_report(0.75), adapted_report(0.5)
+    found = compare_reports(good, poor, 0.02)
+    assert found.failures == ("adapt titles (onnx): exact_match 0.75 -> 0.5, 33.3% worse (allowed 2.0%)",)
+    assert not row(found, "adapt titles (onnx)", "general_kl").judged
+    assert not row(found, "adapt titles (onnx)", "nats_per_token").judged
+    assert row(found, "recover (onnx)", "nats_per_token").judged
+    assert compare_reports(poor, good, 0.0).failures == ()
 
 
 def test_markdown_says_what_changed_and_escapes_it() -> None:

@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 import pytest
 
 from dwindle.pipeline.charts import Point, nice_ticks, quality_against_size
-from dwindle.pipeline.html_report import render_html
+from dwindle.pipeline.html_report import quality_points, render_html
 from dwindle.pipeline.layer_tables import layer_tables
 from dwindle.pipeline.step_facts import step_facts
 from dwindle.report import Measurement, Report, Sample, Skipped, StepRecord, TargetVerdict
 
-from .sample_report import DISTILLED, planned_report, sample_report
+from .sample_report import DISTILLED, adapted_report, planned_report, sample_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
@@ -125,6 +125,16 @@ def test_texts_from_outside_are_escaped() -> None:
     assert "alert('x')" in page.words
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)
     assert json.loads(data)["layers"][0]["name"] == f"model.layers{EVIL}.0.self_attn.q_proj"
+
+
+def test_adapters_tell_what_they_changed_and_end_no_line() -> None:
+    page = Page(render_html(adapted_report()))
+    for said in ("Adapters", "recover (onnx) rank 16 · 20 kB · 500k tokens", "60% of what quantization opened is closed",
+                 "adapt titles (onnx) rank 8 · 10 kB · 1,200 records · from recovery", "exact match 10.0 % 75.0 %",
+                 "general kl – 0.3", "variant onnx"):  # fmt: skip
+        assert said in page.words, said
+    assert "1.42 MB from 8 MB" in page.words  # the recovered model is the end of the line, not the task's
+    assert [point.label for point in quality_points(adapted_report())][-1] == "recover (onnx)"
 
 
 def test_an_empty_report_is_a_page() -> None:
