@@ -12,7 +12,6 @@ against one rounding of the weights, and against another it is noise. `sha256` i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import dwindle
 from dwindle.errors import UnsupportedModel
+from dwindle.storage import read_json
+from dwindle.typed_json import require_types
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +55,13 @@ class AdapterCard:
         """Return the card of a folder; raise UnsupportedModel if there is none, or it is damaged."""
         path = folder / CARD_FILE
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = dict(read_json(path))
             if raw.pop("schema") != SCHEMA:
                 raise ValueError(f"a schema other than {SCHEMA}")
             raw.pop("sha256", None)
-            return cls(**raw)
+            card = cls(**raw)
+            require_types(card)
+            return card
         except FileNotFoundError as error:
             raise UnsupportedModel(f"{folder}: no {CARD_FILE}; it is no adapter folder of dwindle.") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -78,6 +81,9 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def require_whole(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnsupportedModel unless the weights of a folder are those that its card was written for."""
-    written = json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("sha256")
+    try:
+        written = dict(read_json(folder / CARD_FILE)).get("sha256")
+    except (OSError, ValueError, TypeError) as error:
+        raise UnsupportedModel(f"{folder / CARD_FILE} cannot be read ({error}). Restore it.") from error
     if written != weights_sha256(tensors):
         raise UnsupportedModel(f"{folder}: {WEIGHTS_FILE} is not what its card was written for. Restore it.")

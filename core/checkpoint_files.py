@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.errors import UnsupportedModel, offenders
+from dwindle.storage import read_json
 
 __all__ = ["CheckpointFiles", "StoredTensor", "inspect_checkpoint", "read_config", "read_header"]
 
@@ -25,6 +26,8 @@ _BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 _LARGEST_HEADER_BYTES = 100_000_000
+_LONGEST_NAME = 200
+_MOST_AXES, _LARGEST_SIZE = 16, 1 << 50
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.mlpackage", "*.npz")
 _INDEX = "model.safetensors.index.json"
@@ -101,8 +104,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{path} is no valid JSON ({error}). Copy or download the checkpoint again.") from error
 
 
@@ -145,7 +148,12 @@ def _indexed_files(folder: Path) -> list[str]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name.endswith(".safetensors") and not any(c in name for c in "/\\\0") and not name.startswith(".")
+    return (
+        name.endswith(".safetensors")
+        and len(name) < _LONGEST_NAME
+        and not any(c in name for c in "/\\\0")
+        and not name.startswith(".")
+    )
 
 
 def _index_problems(folder: Path, files: list[str], tensors: Mapping[str, StoredTensor]) -> list[str]:
@@ -197,12 +205,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _entry_range(file: str, name: str, entry: Any) -> tuple[int, int]:
     """Return a tensor's (begin, end) within the data, after checking them against its dtype and shape."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        dtype, shape, (begin, end) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        whole = len(shape) <= _MOST_AXES and all(
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST_SIZE for n in (*shape, begin, end)
+        )
     except (TypeError, KeyError, ValueError) as error:
         raise UnsupportedModel(f"{file}: the header's entry for {name} is malformed") from error
     if not whole or dtype not in _BITS:
-        raise UnsupportedModel(f"{file}: {name} has dtype {dtype!r} and shape {shape!r}, which is no known tensor")
+        raise UnsupportedModel(
+            f"{file}: {name} has dtype {dtype!r:.40} and shape {shape!r:.80}, which is no known tensor"
+        )
     if end - begin != math.prod(shape) * _BITS[dtype] // 8:
         raise UnsupportedModel(f"{file}: {name} is {dtype} {shape} but has {end - begin:,} bytes")
     return begin, end

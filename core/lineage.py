@@ -15,7 +15,8 @@ from typing import Any
 
 import dwindle
 from dwindle.errors import UnsupportedModel
-from dwindle.storage import write_json
+from dwindle.storage import read_json, write_json
+from dwindle.typed_json import require_types
 
 __all__ = ["LINEAGE_FILE", "Lineage", "LineageEntry"]
 
@@ -73,11 +74,13 @@ class Lineage:
         """Return the lineage stored in a folder, or raise UnsupportedModel if it is damaged."""
         path = folder / LINEAGE_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             if data["schema"] != _SCHEMA:
                 raise ValueError(f"schema {data['schema']!r} where {_SCHEMA} is needed")
-            return cls(tuple(LineageEntry(**entry) for entry in data["entries"]))
-        except (ValueError, TypeError, KeyError) as error:
+            lineage = cls(tuple(LineageEntry(**entry) for entry in data["entries"]))
+            require_types(lineage)
+            return lineage
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UnsupportedModel(
                 f"{path} cannot be read ({error}). Restore it, or delete it to load the model as a new origin."
             ) from error

@@ -35,6 +35,7 @@ _UNWANTED = ["consolidated*", "*/*"]
 """Second copies of the weights in other layouts, and everything in subfolders."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HARMLESS_EXTRA = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
+_LONGEST_NAME = 1024
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -61,6 +62,8 @@ def find_folder(path_or_id: str | Path) -> tuple[Path, str | None]:
     given = str(path_or_id)
     with contextlib.suppress(RuntimeError):  # ~name of an unknown user stays as it is, and does not exist
         given = str(Path(given).expanduser()) if given.startswith("~") else given
+    if len(given) > _LONGEST_NAME or "\0" in given:
+        raise UnsupportedModel(f"{given!r:.80} cannot be a model's name or folder ({len(given):,} characters).")
     folder = Path(given)
     if folder.is_dir():
         return folder, None
@@ -216,6 +219,7 @@ def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
 
 def compare_tensors(folder: Path, config: PretrainedConfig, files: CheckpointFiles) -> None:
     """Raise UnsupportedModel unless the stored tensors are exactly those that the config builds."""
+    _require_plausible(folder, config, files)
     built = skeleton_of(config)
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
@@ -242,6 +246,22 @@ def compare_tensors(folder: Path, config: PretrainedConfig, files: CheckpointFil
         )
     if config.tie_word_embeddings and _HEAD in found:
         _require_equal_head(folder, files)
+
+
+def _require_plausible(folder: Path, config: PretrainedConfig, files: CheckpointFiles) -> None:
+    """Raise UnsupportedModel if the config wants far more layers or experts than tensors are stored.
+
+    Building a model takes time for every module, also without memory for its weights; a config of a few bytes can ask
+    for a million of them.
+    """
+    anatomy = anatomy_of(config)
+    experts = [found.count for layer in range(min(anatomy.layers, 1000)) if (found := anatomy.experts_of(layer))]
+    needed, found_count = anatomy.layers + sum(experts), len(files.tensors)
+    if needed > found_count:
+        raise UnsupportedModel(
+            f"{folder}: config.json and the weights disagree: {anatomy.layers:,} layers with {sum(experts):,} experts "
+            f"cannot be made of {found_count:,} tensors. Use the config.json that belongs to these weights."
+        )
 
 
 def _require_equal_head(folder: Path, files: CheckpointFiles) -> None:

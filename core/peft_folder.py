@@ -6,7 +6,6 @@ tests hold the result to PEFT's own `merge_and_unload`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,9 +16,12 @@ from torch import Tensor
 from dwindle.adapter_card import CARD_FILE, require_whole
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.low_rank import LowRank
+from dwindle.storage import read_json
 
 __all__ = ["read_adapter"]
 
+_PATTERN = re.compile(r"\^?(?:[\w.|-]|\\\.|\.\*){1,400}\$?")
+_MOST_STARS, _LARGEST_ALPHA = 3, 1e9
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "magnitude",
              ".lora_magnitude_vector.weight": "magnitude"}  # fmt: skip
@@ -60,14 +62,31 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def _wrong_alphas(config: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the alphas. A pattern is a regular expression of a foreign file, and some of those take
+    longer than the age of the universe: only names are read, joined by `|` or with `.*` between them."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        return [f"alpha_pattern={patterns!r:.80} (needed: names and numbers)"]
+    unread = [one for one in patterns if not _PATTERN.fullmatch(one) or one.count("*") > _MOST_STARS]
+    wrong = [f"alpha_pattern has {pattern!r:.80} (needed: a module's name)" for pattern in unread]
+    alphas = [config.get("lora_alpha", 1), *patterns.values()]
+    return wrong + [f"an alpha of {alpha!r:.80} (needed: a number)" for alpha in alphas if not _is_alpha(alpha)]
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_ALPHA
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = dict(read_json(folder / "adapter_config.json"))
+    except (OSError, ValueError, TypeError) as error:
         raise UnsupportedModel(f"{folder} is no PEFT adapter: adapter_config.json cannot be read ({error}).") from error
     wrong = [f"{key}={config.get(key)!r} (needed {needed!r})"
              for key, needed in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None))
              if config.get(key, needed) != needed]  # fmt: skip
+    wrong += _wrong_alphas(config)
     if config.get("fan_in_fan_out"):
         wrong.append("fan_in_fan_out=True (needed False)")
     if wrong:

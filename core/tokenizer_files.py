@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.model_source import quiet_transformers
-from dwindle.storage import hash_json, write_json
+from dwindle.storage import hash_json, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool, vocab: int) -> PreT
             ).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code, **_listed_tokens(folder)
             )
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+    except BaseException as error:  # the tokenizers library raises plain Exception, and its panics are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UnsupportedModel(f"{folder}: the tokenizer cannot be read ({error}). Copy its files again.") from error
     _require_known_ids(folder, tokenizer, vocab)
     return tokenizer
@@ -76,8 +78,7 @@ def tokenizer_class(folder: Path) -> str | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _listed_tokens(folder: Path) -> dict[str, Any]:

@@ -36,8 +36,10 @@ from dwindle.checkpoint import Checkpoints
 from dwindle.data_order import mixed_seed, windows_of_step
 from dwindle.errors import DataError, RecipeError
 from dwindle.evaluation_mode import evaluating
+from dwindle.pieces import Pieces
 from dwindle.progress import progress_bar
 from dwindle.recomputation import recomputed
+from dwindle.resources import is_out_of_memory, require_memory
 from dwindle.schedules import schedule_of
 from dwindle.sharding import Processes, Sharded, repeated_layers, whole
 from dwindle.storage import hash_json, require_space
@@ -128,6 +130,7 @@ class _Run:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.device = self.trainable[0].device
         self.optimizer = _optimizer(self.trainable, options)
+        self.pieces = Pieces(options.gradient_accumulation, options.batch_size, processes.world)
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers of this run, but for the weights it starts from."""
@@ -138,7 +141,21 @@ class _Run:
         return {**chosen, "steps": self.steps, "token_set": self.tokens.sha256, "model": hash_json(shapes)}
 
     def gradients(self, step: int) -> tuple[float, dict[str, float]]:
-        """Add the gradient of step `step`'s batch to the weights; return its mean loss and parts."""
+        """Add the gradient of step `step`'s batch to the weights; return its mean loss and parts.
+
+        Where memory runs out, the batch is cut into more pieces and the step begins again (`pieces`).
+        """
+        while True:
+            try:
+                return self._gradients(step)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = str(error) or type(error).__name__
+            self.optimizer.zero_grad(set_to_none=True)
+            self.pieces.shrink(why, self.window_tokens)
+
+    def _gradients(self, step: int) -> tuple[float, dict[str, float]]:
         options, rank, world = self.options, self.processes.rank, self.processes.world
         objective = self.objective
         if isinstance(objective, SteppedObjective):
@@ -147,7 +164,7 @@ class _Run:
             windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
         else:
             windows = self.order.windows(options.batch_size, step)
-        pieces = windows.view(options.gradient_accumulation, world, -1)[:, rank]
+        pieces = windows.view(self.pieces.count, world, -1)[:, rank]
         total, parts = 0.0, dict[str, float]()
         for index, piece in enumerate(pieces):
             torch.manual_seed(mixed_seed(options.seed, step, index * world + rank))
@@ -217,6 +234,17 @@ def _check(model: nn.Module, tokens: TokenSet, options: TrainOptions, world: int
             f"{options.gradient_accumulation} pieces for each of {world} processes. Take a multiple of "
             f"{options.gradient_accumulation * world}."
         )
+
+
+def _require_room(model: nn.Module, world: int) -> None:
+    """Raise DoesNotFit if gradients and moments, which are the least a step needs, have no room in memory."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if trainable[0].device.type != "cpu":
+        return
+    weights = sum(p.numel() * p.element_size() for p in trainable) // world
+    require_memory(f"train: {sum(p.numel() for p in trainable):,} trainable weights",
+                   {"gradients": weights, "moments": 2 * weights},
+                   "Train fewer weights (an adapter), or take more machines or memory.")  # fmt: skip
 
 
 def _resume(run: _Run, folder: Path | None, fingerprint: Mapping[str, Any]) -> tuple[RunProgress, Checkpoints | None]:
@@ -308,11 +336,13 @@ def train(
     chooses the windows (`window_order`).
 
     Raises DataError for a token set of another role or without windows, RecipeError if nothing is trainable, the batch
-    cannot be cut, or the folder holds another run, MissingExtra for a tracker that is not installed, and GateFailed
-    when a loss or gradient is no finite number, or the loss runs away (`train_guard`).
+    cannot be cut, or the folder holds another run, DoesNotFit when memory cannot hold the state or one window,
+    MissingExtra for a tracker that is not installed, and GateFailed when a loss or gradient is no finite number, or
+    the loss runs away (`train_guard`).
     """
     processes = Processes.current(next(model.parameters()).device)
     _check(model, tokens, options, processes.world, order is not None)
+    _require_room(model, processes.world)
     start = {} if folder is None else {"start_weights": _content_sum(model), **(identity or {})}
     sharded = Sharded(model, processes)
     try:

@@ -13,7 +13,6 @@ it is the map to the first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
-from dwindle.storage import write_json
+from dwindle.storage import read_json, write_json
 from dwindle.tokenization import encoding_sha256
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ __all__ = ["VOCABULARY_MAP_FILE", "Reader", "VocabularyMap", "map_between", "map
 
 VOCABULARY_MAP_FILE = "vocabulary_map.json"
 _SCHEMA = 1
+_LARGEST_VOCABULARY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class VocabularyMap:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", tuple(self.kept))
+        numbers = (self.vocabulary, *self.kept)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n <= _LARGEST_VOCABULARY for n in numbers):
+            raise RecipeError(
+                "vocabulary map: the vocabulary and the kept ids must be whole numbers of a model's size."
+            )
         ascending = all(a < b for a, b in pairwise(self.kept))
         if not self.kept or not ascending or self.kept[0] < 0 or self.kept[-1] >= self.vocabulary:
             raise RecipeError(f"vocabulary map: kept ids must be ascending, below {self.vocabulary:,}, at least one.")
@@ -154,8 +159,8 @@ class VocabularyMap:
         if not path.is_file():
             return None
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecipeError) as error:
+            return cls.from_json(read_json(path))
+        except (OSError, ValueError, TypeError, RecipeError) as error:
             raise UnsupportedModel(
                 f"{path} cannot be read ({error}). Restore it, or delete it: the model then cannot be held against the "
                 "one its vocabulary was cut from."

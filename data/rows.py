@@ -86,8 +86,9 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: no JSON ({error.msg}). Mend or remove the line.") from error
+            except (ValueError, RecursionError) as error:
+                why = getattr(error, "msg", str(error))
+                raise DataError(f"{path}:{number}: no JSON ({why}). Mend or remove the line.") from error
 
 
 def _json_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:

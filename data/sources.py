@@ -16,9 +16,11 @@ begins.
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 import io
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ CODE_SUFFIXES = frozenset({
 })  # fmt: skip
 _TEXT_SUFFIXES = CODE_SUFFIXES | {".txt", ".text", ".md", ".rst", ".tex"}
 _SUFFIXES = _TEXT_SUFFIXES | READERS.keys()
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, csv.Error, zlib.error)
+"""What the readers of the formats raise for a file that is not what its name says."""
 _SAMPLE_BYTES = 1 << 20
 
 
@@ -134,7 +138,7 @@ def _file_problem(path: Path) -> str | None:
     try:
         with open_bytes(path) as handle:
             head = handle.read(_SAMPLE_BYTES)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         return f"{path}: cannot be read ({error}); mend or replace the file"
     if b"\0" in head:
         return f"{path}: a binary file (it holds NUL bytes); name a UTF-8 text file"
@@ -160,7 +164,7 @@ def _read_file(path: Path, column: str, whole: bool | None) -> Iterator[Document
         raise DataError(
             f"{path}: no UTF-8 text ({error.reason}). Convert it, for example with iconv -t UTF-8."
         ) from error
-    except (EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path}: the file is damaged or cannot be read ({error}). Copy it again.") from error
 
 

@@ -81,6 +81,7 @@ _AT_A_PROMPT = (
 """Metrics that depend on the prompt's length."""
 _RATES = ("tokens_per_second", "tokens_per_second_sustained", "top1_agreement")
 """What is good when high."""
+_LONGEST = 200
 _TEXT = re.compile(
     r"\s*([A-Za-z_]\w*(?:\.[\w-]+)*)\s*(>=|<=|=<|=>|==|=|>|<)?\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([^\s@]*)"
     r"\s*(?:@\s*([0-9][0-9_,]*)\s*(?:tokens?)?\s*)?"
@@ -138,10 +139,10 @@ def parse_budgets(budgets: Iterable[str] | Mapping[str, Any]) -> tuple[Budget, .
 
 
 def _parse(line: str, problems: list[str]) -> Budget | None:
-    match = _TEXT.fullmatch(line)
+    match = _TEXT.fullmatch(line) if len(line) <= _LONGEST else None
     if match is None:
         problems.append(
-            f"{line!r} is not METRIC >= NUMBER or METRIC <= NUMBER (tokens_per_second >= 30, memory <= 1.5GB)"
+            f"{line!r:.300} is not METRIC >= NUMBER or METRIC <= NUMBER (tokens_per_second >= 30, memory <= 1.5GB)"
         )
         return None
     name, written, number = match[1], match[2], match[3]

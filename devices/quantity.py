@@ -19,7 +19,6 @@ confidence interval.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,14 +115,14 @@ def read_quantity(data: Any, where: str, dimension: Dimension, problems: list[st
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
 
 
 def _check_words(data: Mapping[str, Any], where: str, dimension: Dimension, problems: list[str]) -> None:
     units = DIMENSIONS[dimension]
-    if "unit" in data and data["unit"] not in units:
+    if "unit" in data and (not isinstance(data["unit"], str) or data["unit"] not in units):
         problems.append(f"{where}.unit: {data['unit']!r} is no unit of {dimension} (use {', '.join(units)})")
-    if "trust" in data and data["trust"] not in TRUST_SPREAD:
+    if "trust" in data and (not isinstance(data["trust"], str) or data["trust"] not in TRUST_SPREAD):
         problems.append(f"{where}.trust: {data['trust']!r} is none of {', '.join(TRUST_SPREAD)}")
     if "source" in data and not (isinstance(data["source"], str) and data["source"].strip()):
         problems.append(f"{where}.source: say where the number comes from")

@@ -10,7 +10,8 @@ is not an error by itself: its windows are missing, and `cache_writer.write_cach
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,17 +22,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dwindle.distill.cache_shard import Hashes, Shard, window_hashes
+from dwindle.distill.cache_shard import INDEX_BYTES, Hashes, Shard, window_hashes
 from dwindle.distill.sparse_targets import SparseTargets
 from dwindle.distill.window_codec import WindowCodec, WindowTokens
 from dwindle.errors import DataError, RecipeError, offenders
-from dwindle.storage import hash_file, write_json
+from dwindle.storage import hash_file, read_json, write_json
 from dwindle.token_set import TokenSet
+from dwindle.typed_json import require_types
 
 __all__ = ["CacheManifest", "LogitCache", "ShardEntry"]
 
 _MANIFEST = "manifest.json"
 _SCHEMA = 1
+_SHARD_NAME = re.compile(r"[0-9a-f]{16}\.shard")
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,16 @@ class CacheManifest:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = dict(read_json(path))
             if data.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
             data.pop("totals")
             shards = {name: ShardEntry(**entry) for name, entry in data.pop("shards").items()}
-            return cls(**{**data, "data": tuple(data["data"])}, shards=shards)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            made = cls(**{**data, "data": tuple(data["data"])}, shards=shards)
+            require_types(made)
+            _require_sane(made)
+            return made
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} cannot be read ({error}). Restore it, or take another folder.") from error
 
     def write(self, folder: Path) -> None:
@@ -106,6 +112,25 @@ class CacheManifest:
         found = {**vars(self), **self.sampling}
         return [f"{key}: found {_short(found[key])}, needed {_short(value)}" for key, value in needed.items()
                 if found[key] != value]  # fmt: skip
+
+
+def _require_sane(made: CacheManifest) -> None:
+    """Raise ValueError for a manifest whose numbers no writer writes: places in files follow from them."""
+    sampling = made.sampling
+    draws, always, temperature = sampling["draws"], sampling["always"], sampling["temperature"]
+    if not 1 < made.vocabulary <= 1 << 24 or not isinstance(draws, int) or not 1 <= draws < 1 << 24:
+        raise ValueError(f"vocabulary {made.vocabulary}, draws {draws!r}")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature!r}")
+    if not isinstance(always, list) or not all(isinstance(i, int) and 0 <= i < made.vocabulary for i in always):
+        raise ValueError(f"always {always!r:.80}")
+    wrong = [
+        name
+        for name, one in made.shards.items()
+        if not _SHARD_NAME.fullmatch(name) or one.positions < 1 or not 0 < one.windows * INDEX_BYTES <= one.bytes
+    ]
+    if wrong:
+        raise ValueError(f"impossible shards {offenders(wrong, limit=3)}")
 
 
 def _short(value: Any) -> str:
@@ -193,7 +218,14 @@ class LogitCache:
 
     def _window(self, place: int) -> WindowTokens:
         shard = self._shards[self._shard_of[place]]
-        return self._codec.decode(shard.window(int(self._row_of[place])), shard.positions)
+        try:
+            found = self._codec.decode(shard.window(int(self._row_of[place])), shard.positions)
+            if max(found.certain_ids.max(initial=0), found.drawn_ids.max(initial=0)) >= self.manifest.vocabulary:
+                raise ValueError("ids beyond the vocabulary")
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{shard.path}: a window of this logit cache is none ({error}). Delete the file and run "
+                            "again with the teacher: only its windows are written again.") from error  # fmt: skip
+        return found
 
     def verify(self) -> None:
         """Read every shard; raise DataError naming all that are gone or not what was written."""

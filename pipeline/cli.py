@@ -44,6 +44,7 @@ COMMANDS = {
     "bench": ("targets:bench", "Measure an exported artifact on a real target."),
     "devices": ("targets:devices", "List, show, check or add device profiles."),
     "report": ("runs:report", "Show the report of a run, or write its HTML again."),
+    "reproduce": ("reproduce:reproduce", "Run a finished run's recipe again and compare every hash and number."),
     "compare": ("runs:compare", "Set two or more runs side by side; fail on a regression."),
     "doctor": ("targets:doctor", "Show versions, their known conflicts, and what can run here."),
 }

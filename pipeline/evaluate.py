@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +54,14 @@ def _evaluate_artifact(
     folder: Path, text: str | Path, teacher: ModelBundle | None, max_tokens: int | None, context: int | None
 ) -> Measurement:
     from dwindle.export import open_artifact
+    from dwindle.export.artefact import read_manifest
 
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    size = _Size(int(manifest["parameters"]), int(manifest["bytes"]), int(manifest["vocabulary"]),
-                 int(manifest["context_length"]))  # fmt: skip
-    return _measured(open_artifact(folder), size, folder, _tokenizer(folder), text, teacher, max_tokens, context)
+    manifest = read_manifest(folder)
+    runner = open_artifact(folder)
+    told = map(manifest.get, ("parameters", "bytes", "vocabulary", "context_length"))
+    size = _Size.read(folder / "manifest.json", *told)
+    tokenizer = _tokenizer(folder, size.vocabulary)
+    return _measured(runner, size, folder, tokenizer, text, teacher, max_tokens, context)
 
 
 def _evaluate_package(
@@ -74,13 +76,19 @@ def _evaluate_package(
     parameters, vocabulary = told.get("dwindle.parameters"), runner.vocabulary
     if teacher is not None:
         parameters, vocabulary = parameters or teacher.size().parameters, vocabulary or teacher.anatomy.vocab
-    tokenizer = _tokenizer(package.parent) if beside.exists() else None if teacher is None else teacher.tokenizer
+    tokenizer = (
+        _tokenizer(package.parent, vocabulary or 1 << 24)
+        if beside.exists()
+        else None
+        if teacher is None
+        else teacher.tokenizer
+    )
     if parameters is None or vocabulary is None or tokenizer is None:
         known = {"number of parameters": parameters, "vocabulary": vocabulary, "tokenizer": tokenizer}
         missing = " and ".join(what for what, found in known.items() if found is None)
         raise DataError(f"{package}: its {missing} cannot be told from the package. Give the model it was made from as "
                         "--reference.")  # fmt: skip
-    size = _Size(int(parameters), folder_bytes(package), vocabulary, runner.context)
+    size = _Size.read(package, parameters, folder_bytes(package), vocabulary, runner.context)
     return _measured(runner, size, package.parent, tokenizer, text, teacher, max_tokens, context)
 
 
@@ -91,11 +99,24 @@ class _Size:
     vocabulary: int
     context: int
 
+    @classmethod
+    def read(cls, place: Path, *numbers: Any) -> _Size:
+        """Return the size that a file tells; raise DataError unless it is four whole numbers of at least 1."""
+        try:
+            found = [int(number) for number in numbers if not isinstance(number, bool)]
+        except (TypeError, ValueError, OverflowError):
+            found = []
+        if len(found) != 4 or min(found) < 1:
+            told = ", ".join(f"{number!r:.40}" for number in numbers)
+            raise DataError(f"{place}: parameters, bytes, vocabulary and context_length must be whole numbers of at "
+                            f"least 1, found {told}. Export the model again.")  # fmt: skip
+        return cls(*found)
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+def _tokenizer(folder: Path, vocabulary: int) -> Any:
+    from dwindle.tokenizer_files import load_tokenizer
+
+    return load_tokenizer(folder, trust_remote_code=False, vocab=vocabulary)
 
 
 def _evaluation(text: str | Path, tokenizer: Any, teacher: ModelBundle | None, mapped: VocabularyMap | None,

@@ -19,6 +19,7 @@ from dwindle.errors import DwindleError, did_you_mean
 __all__ = ["fill", "parse_count"]
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_LARGEST, _LONGEST = 1e300, 64
 
 
 def parse_count(value: object) -> float:
@@ -30,11 +31,18 @@ def parse_count(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{value!r} is no number")
     if isinstance(value, int | float):
+        if abs(value) > _LARGEST:
+            raise ValueError(f"{'a number of that size' if isinstance(value, int) else value} makes no sense")
         return float(value)
+    if len(value) > _LONGEST:
+        raise ValueError(f"a text of {len(value):,} characters is no number (examples: 64, 20M, 3e-4, 1.5GB)")
     match = re.fullmatch(r"\s*([-+]?[0-9][0-9_,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", value)
     if match is None or match[2].lower() not in _SUFFIX:
         raise ValueError(f"{value!r} is no number (examples: 64, 20M, 3e-4, 1.5GB)")
-    return float(match[1].replace("_", "").replace(",", "")) * _SUFFIX[match[2].lower()]
+    number = float(match[1].replace("_", "").replace(",", "")) * _SUFFIX[match[2].lower()]
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{value} makes no sense as a number")
+    return number
 
 
 def fill(kind: type[Any], values: Mapping[str, Any], where: str, problems: list[str]) -> Any | None:
@@ -134,7 +142,7 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
         return value
     if kind is int:
         number = parse_count(value)
-        if number != int(number):
+        if number != number or number != int(number):
             raise ValueError(f"{value!r} is no whole number")
         return int(number)
     if kind is float:

@@ -28,6 +28,7 @@ from dwindle.pipeline.option_values import parse_count
 __all__ = ["NAME", "rounds"]
 
 NAME = "prune_and_distill"
+_MOST_ROUNDS = 50
 _KEYS = ("rounds", "prune", "distill")
 _BUDGETS = ("parameters", "bytes")
 _VOCABULARY = "vocabulary_"
@@ -49,8 +50,8 @@ def rounds(values: Any, place: str, problems: list[str]) -> list[tuple[str, Any]
     before = len(problems)
     problems += [f"{place}.{key} is unknown{did_you_mean(str(key), _KEYS)}." for key in values if key not in _KEYS]
     count = values.get("rounds")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        problems.append(f"{place}.rounds: found {count!r}, needed a whole number of at least 1.")
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= _MOST_ROUNDS:
+        problems.append(f"{place}.rounds: found {count!r}, needed a whole number from 1 to {_MOST_ROUNDS}.")
     cut, training = values.get("prune"), values.get("distill") or {}
     if not isinstance(cut, Mapping) or not any(_is_share(str(key)) for key in cut):
         problems.append(f"{place}.prune: found {cut!r}, needed a share to keep, as in {{ffn_keep: 0.34}}.")

@@ -52,6 +52,7 @@ OPTIONS = {
 
 _STEPS = (*ORDER, prune_rounds.NAME)
 """What may stand in `steps`."""
+_MOST_STEPS = 100
 _TOP = ("version", "name", "teacher", "data", "steps", "seed")
 _TEACHER = ("model", "trust_remote_code")
 
@@ -168,6 +169,9 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
     else:
         problems += [f"teacher.{k} is unknown{did_you_mean(str(k), _TEACHER)}." for k in teacher if k not in _TEACHER]
     listed = raw.get("steps")
+    if isinstance(listed, list) and len(listed) > _MOST_STEPS:
+        problems.append(f"steps: {len(listed):,} steps, at most {_MOST_STEPS} make sense.")
+        return []
     if not isinstance(listed, list) or not listed:
         problems.append(f"steps: found {listed!r}, needed a list of steps ({', '.join(_STEPS)}).")
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from dwindle.pipeline.html_report import render_html
 from dwindle.pipeline.model_card import render_model_card
 from dwindle.pipeline.recipe import Recipe
 from dwindle.report import Report
-from dwindle.storage import write_text
+from dwindle.storage import read_json, write_text
+from dwindle.typed_json import require_types
 
 __all__ = ["read_report", "read_runs", "rewrite_html", "write_reports"]
 
@@ -31,10 +31,12 @@ def read_report(folder: Path) -> Report:
     """Return the report of a run folder; raise DataError if there is none or it is damaged."""
     path = folder / "report.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = dict(read_json(path))
         if data.get("schema") != 1:
             raise DataError(f"{path}: found schema {data.get('schema')!r}, needed 1.")
-        return Report.from_json(data)
+        report = Report.from_json(data)
+        require_types(report)
+        return report
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} holds no report.json: it is no finished run. Run it: dwindle run RECIPE -o {folder}"

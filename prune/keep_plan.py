@@ -21,6 +21,7 @@ from dwindle.experts import stored_parameter
 from dwindle.prune.shape import Shape
 from dwindle.prune.vocabulary_plan import VocabularyPlan
 from dwindle.storage import write_json
+from dwindle.typed_json import require_types
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["KeepPlan", "LayerKeep", "require_float", "weights_sha256"]
 
 _SCHEMA = 2
+_LARGEST_SIZE = 1 << 24
 
 Indices = tuple[int, ...]
 
@@ -218,13 +220,27 @@ class KeepPlan:
             shape, layers = Shape(**values.pop("shape")), tuple(LayerKeep(**keep) for keep in values.pop("layers"))
             tokens = values.pop("vocabulary", None)
             vocabulary = None if tokens is None else VocabularyPlan.from_json(tokens)
-            return cls(shape=shape, layers=layers, vocabulary=vocabulary, **values)
-        except (KeyError, TypeError) as error:
+            require_types(shape)
+            _require_sizes(shape)
+            made = cls(shape=shape, layers=layers, vocabulary=vocabulary, **values)
+            require_types(made)
+            return made
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"this keep plan is incomplete or damaged: {error}.") from error
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
         write_json(path, self.to_json())
+
+
+def _require_sizes(shape: Shape) -> None:
+    """Raise ValueError for sizes that no model has: lists are made of as many entries."""
+    wrong = [name for name, value in asdict(shape).items()
+             if isinstance(value, int) and not 0 <= value <= _LARGEST_SIZE]  # fmt: skip
+    if shape.qk_norm not in ("none", "head", "full"):
+        wrong.append("qk_norm")
+    if wrong or not (shape.layers and shape.width and shape.heads and shape.kv_heads):
+        raise ValueError(f"no model has this shape ({offenders(wrong) or 'a size of 0'})")
 
 
 def _index_faults(name: str, indices: Indices, size: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dwindle.errors import RecipeError, offenders
 from dwindle.storage import write_json
 from dwindle.tokenization import encoding_sha256
+from dwindle.typed_json import require_types
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
@@ -90,7 +91,9 @@ class VocabularyPlan:
         if marks != ("vocabulary_plan", _SCHEMA) or set(values) != set(cls.__dataclass_fields__):
             raise RecipeError(f"this is no vocabulary plan of schema {_SCHEMA} (keys: {offenders(sorted(data))}).")
         try:
-            return cls(**values)
+            made = cls(**values)
+            require_types(made)
+            return made
         except (TypeError, ValueError) as error:
             raise RecipeError(f"this vocabulary plan is damaged: {error}.") from error
 

@@ -18,7 +18,6 @@ plans of equal bits everywhere were measured for. Reading collects every mistake
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from dwindle.quantize.layer_plan import LayerFormat, LayerPlan
 from dwindle.quantize.options import INTEGER_BITS, PALETTE_BITS, Scheme
 from dwindle.quantize.plan_table import plan_table
 from dwindle.quantize.sensitivity import Sensitivities
-from dwindle.storage import write_json
+from dwindle.storage import read_json, write_json
+from dwindle.typed_json import require_types
 
 __all__ = ["SCHEMA", "BitPlan", "PlannedLayer", "rest_of"]
 
@@ -180,7 +180,7 @@ class BitPlan:
     def read(cls, path: Path, plan: LayerPlan, shapes: Mapping[str, Shape], linears: Collection[str]) -> BitPlan:
         """Return the plan in a file, held to the model that it is for. Raises RecipeError with every mistake."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
         except OSError as error:
             raise RecipeError(f"bit plan {path}: cannot be read ({error.strerror}).") from error
         except ValueError as error:
@@ -198,21 +198,32 @@ class BitPlan:
         rows = data.get("layers", []) if isinstance(data, dict) and isinstance(data.get("layers"), list) else []
         wrong += _wrong_names(rows, planned)
         for row in rows:
-            if isinstance(row, dict) and row.get("name") in planned:
+            if isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"] in planned:
                 wrong += _wrong_format(row, planned[row["name"]], shapes[row["name"]])
         if wrong:
             raise RecipeError(f"{len(wrong)} mistake(s): {offenders(wrong)}. Mend or remove them.")
+        try:
+            return cls._made(data, rows, planned, shapes)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise RecipeError(f"it is damaged ({error}). Write it anew with --dry-run.") from error
+
+    @classmethod
+    def _made(
+        cls, data: Any, rows: list[Any], planned: Mapping[str, LayerFormat], shapes: Mapping[str, Shape]
+    ) -> BitPlan:
         by_name = {row["name"]: _planned_layer(row, form, shapes) for row in rows if (form := planned.get(row["name"]))}
         layers = tuple(by_name[name] for name in planned)
         edited = any(row["stored_bits"] != by_name[row["name"]].stored_bits for row in rows if "stored_bits" in row)
         target, rest = data.get("target") or {}, data.get("rest") or {}
-        return cls(
+        made = cls(
             data["scheme"], layers, str(data.get("grade", "none")), target.get("bits_per_weight"), target.get("bytes"),
             (int(rest.get("stored_bits", 0)), int(rest.get("weights", 0))),
             None if edited else data.get("predicted_kl"), None if edited else data.get("measured_kl"),
             data.get("model_sha256"), tuple(data.get("notes", ())),
             tuple((float(total), float(joint)) for total, joint in data.get("joint_curve", ())),
         )  # fmt: skip
+        require_types(replace(made, layers=()))
+        return made
 
 
 def rest_of(
@@ -284,7 +295,7 @@ def _wrong_format(row: Mapping[str, Any], planned: LayerFormat, shape: Shape) ->
     palettes = planned.scheme == "palettize"
     allowed = PALETTE_BITS if palettes else INTEGER_BITS
     bits, group = row.get("bits"), row.get("group_size", planned.group_size)
-    if isinstance(bits, bool) or bits not in allowed:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
         wrong.append(f"{name}: bits is {bits!r} (needed: {', '.join(map(str, allowed))})")
     extent, what = (shape[0], "output rows") if palettes else (shape[1], "inputs")
     if not isinstance(group, int) or isinstance(group, bool) or group < 1 or extent % group:

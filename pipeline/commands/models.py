@@ -23,6 +23,7 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     tell_written,
 )
+from dwindle.storage import read_json
 
 __all__ = ["evaluate", "prune"]
 
@@ -162,7 +163,7 @@ def _shares(keep: tuple[str, ...]) -> dict[str, str]:
 
 def _read_json(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json(Path(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
 
