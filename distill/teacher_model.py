@@ -22,6 +22,7 @@ from dwindle.causal_model import causal_config, causal_model, context_of, in_tab
 from dwindle.checkpoint_files import read_config
 from dwindle.distill.head import Head, ModelTail, decoder_of, head_of, tail_of
 from dwindle.errors import UnsupportedModel
+from dwindle.lineage import Lineage
 from dwindle.model_source import find_folder
 from dwindle.offloaded_model import offloaded_model, sharded_model
 from dwindle.sharding import Processes, repeated_layers
@@ -119,7 +120,9 @@ class Teacher:
         named = folder.resolve().name if revision is None else str(path_or_id)
         mapped = VocabularyMap.read(folder)
         if in_table(config):
-            digest, tail = _table_digest(model, tokenizer, folder, named, revision), None
+            told = lineage_of(folder, (), named, revision)
+            named = str(told.entries[0].options.get("model", named))
+            digest, tail = _table_digest(model, tokenizer, folder, told), None
         else:
             digest, tail = _file_digest(folder, tokenizer), tail_of(model, device)
         return cls(model, tokenizer, shape, device, named, digest, mapped, tail, offload, sharded)
@@ -138,15 +141,13 @@ class Teacher:
         return head_of(model) if self.tail is None else replace(self.tail, model=model, decoder=decoder_of(model))
 
 
-def _table_digest(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str, revision: str | None
-) -> Callable[[], str]:
+def _table_digest(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, told: Lineage) -> Callable[[], str]:
     """Return what hashes an offloaded model of the table as `ModelBundle.content_sha256` hashes it in memory."""
 
     def digest() -> str:
         source = StoredTensors(folder)
         anatomy = anatomy_of(model.config)
-        bundle = ModelBundle(model, tokenizer, anatomy, lineage_of(folder, (), name, revision), source.storage_dtype)
+        bundle = ModelBundle(model, tokenizer, anatomy, told, source.storage_dtype)
         head = f"{anatomy.head}.weight"
         names = [
             one for one in source.names if one.endswith((".weight", ".bias")) and not (anatomy.tied and one == head)

@@ -106,7 +106,7 @@ def test_an_offloaded_teacher_is_the_resident_one_bit_for_bit(
     assert torch.equal(whole.states[0].hidden, streamed.states[0].hidden)
     assert torch.equal(whole.states[0].logits(), streamed.states[0].logits())
     assert all(torch.equal(whole.layers[layer], streamed.layers[layer]) for layer in (1, 2))
-    assert offloaded.content_sha256 == resident.content_sha256
+    assert (offloaded.name, offloaded.content_sha256) == (resident.name, resident.content_sha256)
     held = {
         name.split(".")[2] for name, p in offloaded.model.named_parameters() if ".layers." in name and not p.is_meta
     }
