@@ -11,7 +11,8 @@ peak counter is set back there where the system allows it (Linux).
     {"event": "loaded", "load_seconds": s, "context": tokens}
     {"event": "warm_up", "index": i}
     {"event": "repeat", "index": i, "first_token_seconds": s, "token_seconds": [s, ...], "tokens": [id, ...],
-     "peak_memory_bytes": n, "temperature_c": t or null, "clock_share": f or null, "energy_joules": e or null}
+     "processor_seconds": s, "peak_memory_bytes": n, "temperature_c": t or null, "clock_share": f or null,
+     "energy_joules": e or null}
     {"event": "end"}
     {"event": "error", "kind": "missing" | "refused" | "memory", "error": text}
 
@@ -268,28 +269,28 @@ def _measure(given: argparse.Namespace) -> None:
     _print("loaded", load_seconds=load_seconds, context=decoder.context, version=decoder.version)
     for index in range(given.warm_up + given.repeats):
         meter = energy_joules()
-        first, each, tokens = _turn(decoder, prompt, given.decode_tokens)
+        first, each, tokens, busy = _turn(decoder, prompt, given.decode_tokens)
         after = energy_joules()
         if index < given.warm_up:
             _print("warm_up", index=index)
             continue
         used = None if meter is None or after is None else max(0.0, after - meter)
         _print("repeat", index=index - given.warm_up, first_token_seconds=first, token_seconds=each, tokens=tokens,
-               peak_memory_bytes=max(0, _peak_bytes() - before), temperature_c=temperature(),
-               clock_share=_clock_share(), energy_joules=used)  # fmt: skip
+               processor_seconds=busy, peak_memory_bytes=max(0, _peak_bytes() - before),
+               temperature_c=temperature(), clock_share=_clock_share(), energy_joules=used)  # fmt: skip
 
 
-def _turn(decoder: Any, prompt: list[int], count: int) -> tuple[float, list[float], list[int]]:
-    """Return seconds to the first token, seconds of each token after it, and all of them."""
+def _turn(decoder: Any, prompt: list[int], count: int) -> tuple[float, list[float], list[int], float]:
+    """Return seconds to the first token and of each later one, all tokens, and processor seconds of the later ones."""
     decoder.reset()
     start = time.perf_counter()
     tokens = [decoder.step(prompt)]
-    first, each = time.perf_counter() - start, []
+    first, each, busy = time.perf_counter() - start, [], time.process_time()
     for _ in range(count):
         start = time.perf_counter()
         tokens.append(decoder.step([tokens[-1]]))
         each.append(time.perf_counter() - start)
-    return first, each, tokens
+    return first, each, tokens, time.process_time() - busy
 
 
 def _print(event: str, **values: Any) -> None:

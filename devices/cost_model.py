@@ -16,8 +16,9 @@ are). Two things stand beside the bandwidth. A CPU that unpacks integers or pale
 reading them: `decode compute` is a floor under every layer in such a format, where the profile has it. And the overhead
 matters for small models: below some 100 MB of weights it is most of the time, and such an estimate is only as good as
 the overhead. Decode's rate is the one right after the prompt: the cache holds the prompt's tokens, each read once, or
-three times by a runtime that copies the past into the present (`CACHE_READS`); a program of static shapes reads the
-whole context's cache for every token.
+three times by a graph that copies the past into the present (`COPIED_CACHE_READS`); a program of static shapes reads
+the whole context's cache for every token. Eight bits with float32 activations are two products of four in ONNX Runtime
+(`PRODUCTS`), each with an output of its own.
 
 A runtime that computes in float32 alone (ONNX Runtime's CPU kernels) turns 16-bit weights into float32 when it loads
 them: it then reads 4 bytes a weight (`READS_FLOAT32`).
@@ -54,6 +55,7 @@ __all__ = [
     "DEFAULT_PROMPT_TOKENS",
     "MEMORY_COSTS",
     "METRIC_UNITS",
+    "PRODUCTS",
     "Estimate",
     "LayerTime",
     "MemoryCost",
@@ -85,7 +87,7 @@ class MemoryCost:
     weight_copies: tuple[float, float, float]
     """Copies of the weights: 1 when mapped from the file, 2 when read and then repacked."""
     cache_copies: tuple[float, float, float]
-    """Copies of the KV cache: 2 when past and present are separate tensors."""
+    """Copies of the KV cache; the high end, 2, is for past and present in separate tensors."""
     logit_copies: tuple[float, float, float]
     """Copies of the prompt's float32 logits; 0 when only the last row is computed."""
     fixed_bytes: tuple[float, float, float]
@@ -93,11 +95,11 @@ class MemoryCost:
 
 
 MEMORY_COSTS: Mapping[str, MemoryCost] = {
-    "onnx": MemoryCost((1.0, 2.0, 2.3), (1.0, 2.0, 2.0), (0.0, 2.0, 4.0), (5e6, 12e6, 40e6)),
+    "onnx": MemoryCost((1.0, 2.0, 2.3), (1.0, 1.0, 2.0), (0.0, 2.0, 4.0), (5e6, 12e6, 40e6)),
 }
 """Per runtime where it was measured: ONNX Runtime 1.31, fresh processes, 0.3M to 48M parameters, float32 and int4.
 Peak 2.05 times the weights while loading float32, 2.0 to 2.3 times after loading int4; 12 to 16 MB for the smallest
-models; three sets of prompt logits at once for an int8 head in two halves."""
+models; one more set of prompt logits for a head in two products. A graph in the fused form keeps one cache."""
 
 UNMEASURED_MEMORY_COST = MemoryCost((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (5e6, 15e6, 40e6))
 """For runtimes nobody could measure: weights mapped once, the cache kept in place. A guess with a wide range."""
@@ -106,8 +108,11 @@ UNMEASURED_MEMORY_COST = MemoryCost((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0
 READS_FLOAT32 = ("onnx",)
 """Runtimes that hold and read every float weight as float32, however it was stored."""
 
-CACHE_READS: Mapping[str, float] = {"onnx": 3.0}
-"""How often a token moves a byte of the cache, where not once: past read, present written, present read."""
+COPIED_CACHE_READS = 3.0
+"""How often a token moves a byte of a cache that is copied: past read, present written, present read."""
+
+PRODUCTS: Mapping[str, Mapping[str, int]] = {"onnx": {"int8": 2}}
+"""Runtime -> weight format -> products that one with float32 activations takes, where not one (`onnx_quantized`)."""
 
 LOAD_SECONDS: tuple[float, float, float] = (0.02, 0.1, 0.5)
 """What loading costs whatever the size: start of the runtime, its graph, its buffers. A judgement with a wide range."""
@@ -169,13 +174,16 @@ def estimate(
         metrics = {name: Metric(name, None, unit, "estimated") for name, unit in METRIC_UNITS.items()}
         metrics["package_bytes"] = _package(workload)
         return Estimate(metrics, None, None, (Skipped(f"estimate for {profile.name}", refusal),))
-    machine = _Machine(profile, profile.compute_units[profile.runtimes[chosen].unit], CACHE_READS.get(chosen, 1.0))
+    products = {} if workload.int8_activations else PRODUCTS.get(chosen, {})
+    machine = _Machine(profile, profile.compute_units[profile.runtimes[chosen].unit], products,
+                       COPIED_CACHE_READS if workload.copies_cache else 1.0)  # fmt: skip
     loaded = workload.with_float32_weights() if chosen in READS_FLOAT32 else workload
     weights = (workload.weight_bytes + loaded.weight_bytes) / 2
     prompt, memory = min(prompt_tokens, room), MEMORY_COSTS.get(chosen, UNMEASURED_MEMORY_COST)
     cached = room if workload.static_shapes else prompt
     timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, memory))
-    ends = (_memory_bytes(workload, weights, memory, prompt, room, end) for end in range(3))
+    more = products.get(workload.head_format or "", 1) - 1
+    ends = (_memory_bytes(workload, weights, memory, (prompt, room, more), end) for end in range(3))
     held = _metric("peak_memory_bytes", *ends)
     return Estimate(
         {m.name: m for m in (*timed, held, _package(workload))},
@@ -216,6 +224,7 @@ class _Machine:
 
     profile: DeviceProfile
     unit: ComputeUnit
+    products: Mapping[str, int]
     cache_reads: float
 
     def stream_seconds(self, count: float, side: Side) -> float:
@@ -226,7 +235,8 @@ class _Machine:
         reading = self.stream_seconds(layer.streamed_bytes, side)
         if self.unit.decode_compute is None:
             return reading
-        return max(reading, 2 * layer.packed_parameters / self.unit.decode_compute.at(side))
+        unpacked = layer.packed_parameters * self.products.get(layer.format or "", 1)
+        return max(reading, 2 * unpacked / self.unit.decode_compute.at(side))
 
     def weights_seconds(self, workload: Workload, side: Side) -> float:
         return sum(self.layer_seconds(layer, side) for layer in workload.layers)
@@ -282,11 +292,18 @@ class _Machine:
         return _metric("load_seconds", *ends)
 
 
-def _memory_bytes(workload: Workload, weights: float, cost: MemoryCost, prompt: int, context: int, end: int) -> float:
-    """Return bytes at one end of the range; `weights` is the mean of stored and loaded bytes, each held once or so."""
+def _memory_bytes(
+    workload: Workload, weights: float, cost: MemoryCost, lengths: tuple[int, int, int], end: int
+) -> float:
+    """Return bytes at one end of the range; `weights` is the mean of stored and loaded bytes, each held once or so.
+
+    `lengths` are the prompt, the context, and the copies of the prompt's logits beyond the runtime's usual.
+    """
+    prompt, context, more = lengths
+    copies = cost.cache_copies[2 if workload.copies_cache else end]
     return (
         weights * cost.weight_copies[end]
-        + workload.kv_bytes_per_token * context * cost.cache_copies[end]
-        + 4 * prompt * workload.vocabulary * cost.logit_copies[end]
+        + workload.kv_bytes_per_token * context * copies
+        + 4 * prompt * workload.vocabulary * (cost.logit_copies[end] + (more if end else 0))
         + cost.fixed_bytes[end]
     )

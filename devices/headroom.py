@@ -6,14 +6,15 @@ numbers of `Cost`, so the largest model along any axis is a division instead of 
 and u = decode compute / 2 (where the unit has one and the weights are packed), T the prompt's length:
 
     seconds of a token   max(linear bytes / r, linear weights / u) + max(table bytes / r, table weights / u)
-                         + other bytes / r + KV bytes x cached tokens x reads / r + overhead
+                         + other bytes / r + KV bytes x cached tokens / r + overhead
     tokens/s >= R        seconds of a token <= 1 / R                      four lines: either side of either maximum
     first token <= t     2 N T + 2 T^2 A <= (t - overhead) x compute      and four lines without the cache
     memory <= M          copies x weights + copies x context x KV <= M - logits of the prompt - fixed cost
     load <= s            package / storage + copies x weights / r + widened bytes x 7 ns <= s - fixed cost
     package <= P         stored <= P
 
-A test holds these lines to `estimate`, budget by budget.
+Weights of a format that a runtime multiplies in several products (`PRODUCTS`) count as many times in u's lines. A
+graph is taken to keep one cache (the fused form). A test holds these lines to `estimate`, budget by budget.
 
 >>> from dwindle.devices.budgets import parse_budgets
 >>> from dwindle.devices.device_profile import load_profile
@@ -32,10 +33,10 @@ from typing import Literal
 
 from dwindle.devices.budgets import Budget
 from dwindle.devices.cost_model import (
-    CACHE_READS,
     LOAD_SECONDS,
     MEMORY_COSTS,
     METRIC_UNITS,
+    PRODUCTS,
     UNMEASURED_MEMORY_COST,
     WIDENING_SECONDS,
 )
@@ -100,6 +101,14 @@ class Place:
     """Its weights are integers or palettes."""
     static_shapes: bool = False
     end: End = "value"
+    linear_format: str | None = None
+    """Weight format of the linears, where it is one."""
+    table_format: str | None = None
+    """Weight format of the table that makes the logits."""
+
+    def products(self, form: str | None) -> int:
+        """Return how many products the runtime makes of one with weights in this format."""
+        return PRODUCTS.get(self.runtime, {}).get(form or "", 1)
 
 
 def headroom(profile: DeviceProfile, budgets: Iterable[Budget], place: Place) -> tuple[Limit, ...]:
@@ -123,7 +132,7 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
     if name in ("tokens_per_second", "tokens_per_second_sustained"):
         of_burst = unit.sustained.at(end) if name.endswith("sustained") else 1.0
         cached = place.context if place.static_shapes else prompt
-        kv = cached * CACHE_READS.get(place.runtime, 1.0) / rate
+        kv = cached / rate
         yield from _reading(name, of_burst / limit - overhead, unit, rate, place, kv)
     elif name == "time_to_first_token_seconds":
         each = 2 * prompt / unit.effective_compute.at(end)
@@ -131,7 +140,8 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
                     metric=name, bound=limit - overhead)  # fmt: skip
         yield from _reading(name, limit - overhead, unit, rate, place, 0.0)
     elif name == "peak_memory_bytes":
-        rest = 4 * prompt * place.vocabulary * cost.logit_copies[column] + cost.fixed_bytes[column]
+        copies = cost.logit_copies[column] + place.products(place.table_format) - 1
+        rest = 4 * prompt * place.vocabulary * copies + cost.fixed_bytes[column]
         yield Limit(held=cost.weight_copies[column], kv=place.context * cost.cache_copies[column], metric=name,
                     bound=limit - rest)  # fmt: skip
     elif name == "load_seconds":
@@ -150,7 +160,9 @@ def _reading(name: str, seconds: float, unit: ComputeUnit, rate: float, place: P
     each = 2 / unit.decode_compute.at(place.end) if unit.decode_compute is not None else 0.0
     for linears, table in product((False, True) if unpacks else (False,), repeat=2):
         yield Limit(
-            linear_bytes=0.0 if linears else 1 / rate, linear_weights=each if linears else 0.0,
-            table_bytes=0.0 if table else 1 / rate, table_weights=each if table else 0.0,
+            linear_bytes=0.0 if linears else 1 / rate,
+            linear_weights=each * place.products(place.linear_format) if linears else 0.0,
+            table_bytes=0.0 if table else 1 / rate,
+            table_weights=each * place.products(place.table_format) if table else 0.0,
             other_bytes=1 / rate, kv=kv, metric=name, bound=seconds,
         )  # fmt: skip

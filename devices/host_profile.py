@@ -1,13 +1,11 @@
-"""The profile of this machine, measured when asked for in about a second. Torch-free; numpy inside.
+"""The profile of this machine, measured when asked for. Torch-free; numpy inside.
 
-Memory comes from the operating system. Bandwidth is the best of a few copies of a block larger than any cache, counted
-as bytes read plus bytes written (STREAM "copy", J. D. McCalpin, 1995); the share of it that decode reaches is what a
-float32 matrix-vector product reads in a second, the very thing that decode does. Prefill's compute is a matrix product
-through numpy's BLAS, and the same with 4-bit weights where ONNX Runtime is installed; that product with one row is the
-floor under decode, unpacking included (`MatMulNBits`, blocks of 32, float32 activations; with int8 activations at the
-high end). All are what one process gets now, on a machine that may be busy: they are "measured", their range says how
-well. The overhead per token and the disk are not measured here: `dwindle bench` and `dwindle validate` run the artifact
-itself on this machine, and that number wins.
+Memory comes from the operating system. Bandwidth is that of a copy of a block larger than most caches, counted as bytes
+read plus bytes written (STREAM "copy", J. D. McCalpin, 1995). Where ONNX Runtime is installed, everything else is what
+its own kernels reach (`host_kernels.py`): the share of the bandwidth that decode reads float weights with, the floor
+that unpacking 4-bit weights puts under it, the rate of a prompt, the overhead of a token. Without it numpy's products
+stand in. All are what one process gets now, on a machine that may be busy: they are "measured", their range says how
+well. The disk is not measured. `dwindle bench` and `dwindle validate` run the artifact itself, and that number wins.
 """
 
 from __future__ import annotations
@@ -15,14 +13,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import struct
-import time
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.util import find_spec
-from typing import Any
 
 from dwindle.devices.device_profile import ComputeUnit, DeviceProfile, Memory, Runtime
+from dwindle.devices.host_kernels import measure_kernels, usual_seconds
 from dwindle.devices.quantity import Dimension, Quantity, Trust
 
 __all__ = ["host_memory", "measure_profile"]
@@ -30,13 +24,6 @@ __all__ = ["host_memory", "measure_profile"]
 _ONNX_FORMATS = ("float32", "float16", "int2", "int4", "int8")
 _COPY_BYTES = 128 * 2**20
 _MATRIX_SIZE = 768
-_PACKED_INPUTS, _BLOCK = 4096, 32
-_PACKED_TASKS: Mapping[str, tuple[int, int]] = {"decode": (1, 8192), "prompt": (64, 1024)}
-"""Rows and outputs of the products with 4-bit weights. Decode's weights, 17 MB of codes and 4 MB of scales, are more
-than most caches hold, as a model's are; a prompt reads them once for all its rows."""
-_REPEATS = 5
-_ACCURACY_FLOAT32, _ACCURACY_INT8 = 1, 4
-"""MatMulNBits' accuracy_level of float32 and int8 activations."""
 
 
 def _number(
@@ -65,49 +52,36 @@ def host_memory() -> Memory:
 
 
 @functools.cache
-def measure_profile() -> DeviceProfile:
-    """Return this machine's profile; measured once per process."""
+def measure_profile(threads: int | None = None) -> DeviceProfile:
+    """Return this machine's profile on so many threads (None: the runtime's choice); measured once per process."""
     memory, system = host_memory(), platform.platform(terse=True)
-    float_flops, packed = _matrix_flops(), _packed_flops()
-    prompt = [float_flops, *(row["prompt"] for row in packed.values())]
-    copied = _copy_bandwidth()
-    share = min(1.0, _read_bandwidth() / copied)
-    compute = _number(
-        packed[_ACCURACY_FLOAT32]["prompt"] / 1e9 if packed else float_flops / 1e9,
-        "GFLOP/s",
-        "compute",
-        "Product of 64 rows with 4-bit weights in ONNX Runtime; the range takes in float32 in numpy"
-        if packed
-        else f"float32 product of {_MATRIX_SIZE}x{_MATRIX_SIZE} in numpy; ONNX Runtime was not there to ask",
-        "measured" if packed else "derived",
-        0.8 * min(prompt) / 1e9,
-        1.5 * max(prompt) / 1e9,
-    )
+    kernels, float_flops = measure_kernels(threads), _matrix_flops()
+    read = kernels.read_bandwidth if kernels else _read_bandwidth()
+    copied = max(_copy_bandwidth(), read)
+    share, prompt = read / copied, kernels.prefill_flops if kernels else float_flops
+    who = "ONNX Runtime" if kernels else "numpy; ONNX Runtime was not there to ask"
     unit = ComputeUnit(
-        effective_compute=compute,
-        bandwidth_share=_number(
-            share,
-            "share",
-            "share",
-            "float32 matrix-vector product in numpy",
-            "measured",
-            0.6 * share,
-            min(1, 1.4 * share),
+        effective_compute=_number(
+            prompt / 1e9, "GFLOP/s", "compute",
+            f"Products of many rows with 4-bit weights in {who}" if kernels else f"float32 products in {who}",
+            "measured" if kernels else "derived", 0.6e-9 * min(prompt, float_flops), 1.5e-9 * max(prompt, float_flops),
         ),
-        overhead=_number(1.0, "ms", "time", "0.1 to 3 ms per token over models and backends", "derived", 0.1, 3.0),
+        bandwidth_share=_number(share, "share", "share", f"float32 matrix times one row in {who}", "measured",
+                                0.6 * share, min(1, 1.4 * share)),
+        overhead=_number(1e3 * kernels.overhead_seconds, "ms", "time",
+                         "Twelve narrow layers in ONNX Runtime, attention apart, and Python's part", "measured",
+                         0.5e3 * kernels.overhead_seconds, 4e3 * kernels.overhead_seconds)
+        if kernels
+        else _number(1.0, "ms", "time", "0.1 to 3 ms per token over models and backends", "derived", 0.1, 3.0),
         sustained=_number(1.0, "share", "share", "Mains-powered machines hold their rate", "derived", 0.8, 1.0),
         decode_compute=_number(
-            packed[_ACCURACY_FLOAT32]["decode"] / 1e9,
-            "GFLOP/s",
-            "compute",
-            "One row with 4-bit weights in ONNX Runtime; high end: with int8 activations",
-            "measured",
-            0.7 * packed[_ACCURACY_FLOAT32]["decode"] / 1e9,
-            1.3 * max(row["decode"] for row in packed.values()) / 1e9,
+            kernels.unpack_flops / 1e9, "GFLOP/s", "compute",
+            "One row with 4-bit weights in ONNX Runtime; high end: with int8 activations", "measured",
+            0.7 * kernels.unpack_flops / 1e9, 1.3 * max(kernels.unpack_flops, kernels.unpack_flops_int8) / 1e9,
         )
-        if packed
+        if kernels
         else None,
-    )
+    )  # fmt: skip
     return DeviceProfile(
         name="host",
         title=f"this machine ({platform.system()} {platform.machine()}, {os.cpu_count()} processors)",
@@ -123,23 +97,13 @@ def measure_profile() -> DeviceProfile:
     )
 
 
-def _best_seconds(work: Callable[[], Any]) -> float:
-    work()
-    best = float("inf")
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def _copy_bandwidth() -> float:
     """Return bytes per second of a copy, read and written bytes both counted."""
     import numpy as np
 
     source = np.ones(_COPY_BYTES // 8)
     target = np.empty_like(source)
-    return 2 * _COPY_BYTES / _best_seconds(lambda: np.copyto(target, source))
+    return 2 * _COPY_BYTES / usual_seconds(lambda: np.copyto(target, source))
 
 
 def _read_bandwidth() -> float:
@@ -147,50 +111,7 @@ def _read_bandwidth() -> float:
     import numpy as np
 
     matrix, vector = np.ones((_COPY_BYTES // 4 // 4096, 4096), np.float32), np.ones(4096, np.float32)
-    return float(matrix.nbytes / _best_seconds(lambda: matrix @ vector))
-
-
-def _packed_flops() -> dict[int, dict[str, float]]:
-    """Return accuracy_level -> operations per second with 4-bit weights, of one row and of a prompt; or nothing."""
-    if find_spec("onnx") is None or find_spec("onnxruntime") is None:
-        return {}
-    import numpy as np
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    found: dict[int, dict[str, float]] = {}
-    for level in (_ACCURACY_FLOAT32, _ACCURACY_INT8):
-        found[level] = {}
-        for name, (rows, outputs) in _PACKED_TASKS.items():
-            model = _packed_model(level, outputs)
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            feed = {"x": np.ones((rows, _PACKED_INPUTS), np.float32)}
-            seconds = _best_seconds(lambda session=session, feed=feed: session.run(None, feed))  # type: ignore[misc]
-            found[level][name] = 2 * rows * outputs * _PACKED_INPUTS / seconds
-    return found
-
-
-def _packed_model(accuracy_level: int, outputs: int) -> bytes:
-    """Return an ONNX model of one MatMulNBits."""
-    from onnx import TensorProto, helper
-
-    blocks = _PACKED_INPUTS // _BLOCK
-    codes = b"\x5a" * (outputs * blocks * _BLOCK // 2)
-    scales = struct.pack("<f", 1.0) * (outputs * blocks)
-    weights = [
-        helper.make_tensor("codes", TensorProto.UINT8, [outputs, blocks, _BLOCK // 2], codes, raw=True),
-        helper.make_tensor("scales", TensorProto.FLOAT, [outputs * blocks], scales, raw=True),
-    ]
-    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=_PACKED_INPUTS,
-                            N=outputs, bits=4, block_size=_BLOCK, accuracy_level=accuracy_level)  # fmt: skip
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
-        for name, width in (("x", _PACKED_INPUTS), ("y", outputs))
-    ]
-    graph = helper.make_graph([node], "packed", ends[:1], ends[1:], weights)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    return float(matrix.nbytes / usual_seconds(lambda: matrix @ vector))
 
 
 def _matrix_flops() -> float:
@@ -198,4 +119,4 @@ def _matrix_flops() -> float:
     import numpy as np
 
     matrix = np.ones((_MATRIX_SIZE, _MATRIX_SIZE), dtype=np.float32)
-    return float(2 * _MATRIX_SIZE**3 / _best_seconds(lambda: matrix @ matrix))
+    return float(2 * _MATRIX_SIZE**3 / usual_seconds(lambda: matrix @ matrix))

@@ -51,6 +51,8 @@ class Repeat:
     """Clock at the end as a share of the highest, where the system says."""
     energy_joules: float | None = None
     tokens: tuple[int, ...] = ()
+    processor_seconds: float | None = None
+    """Processor time of the tokens after the first, over all threads."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -191,7 +193,7 @@ def _repeat(event: Event) -> Repeat:
     return Repeat(
         float(event["first_token_seconds"]), tuple(float(s) for s in event["token_seconds"]),
         event.get("peak_memory_bytes"), event.get("temperature_c"), event.get("clock_share"),
-        event.get("energy_joules"), tuple(int(t) for t in event.get("tokens", ())),
+        event.get("energy_joules"), tuple(int(t) for t in event.get("tokens", ())), event.get("processor_seconds"),
     )  # fmt: skip
 
 

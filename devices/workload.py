@@ -11,7 +11,8 @@ yet. The details an exporter writes (only `layers` is required; the other keys s
     vocabulary           length of a row of logits
     tied                 the embedding's bytes also serve as the head (default: no layer is called `lm_head`)
     attention_width      layers x heads x width of a head (default: read off the layers called q_proj)
-    runtime              {"shapes": "static"}: every token reads the cache of the whole context
+    runtime              {"shapes": "static"}: every token reads the cache of the whole context; {"operators": "plain"}:
+                         every token copies the cache; {"activations": "int8"}: products with int8 activations
 
 An embedding is looked up, not multiplied: its row is a few hundred bytes of what is stored. A tied head reads all of
 it for every token, and multiplies with all of it. Norm vectors and biases are counted as bytes, their few operations
@@ -78,6 +79,10 @@ class Workload:
     """Layers x heads x width of a head; 0 where nobody knows it: prefill then counts weights alone."""
     static_shapes: bool = False
     """Whether every token reads the cache of the whole context."""
+    copies_cache: bool = False
+    """Whether every token copies the past into the present."""
+    int8_activations: bool = False
+    """Whether products with packed weights round their activations to int8."""
 
     @property
     def weight_bytes(self) -> int:
@@ -93,6 +98,12 @@ class Workload:
     def multiply_accumulates(self) -> int:
         """Return the multiply-accumulates per token, attention scores apart."""
         return sum(layer.parameters for layer in self.layers if layer.streamed)
+
+    @property
+    def head_format(self) -> str | None:
+        """Return the format of the table that makes the logits: the head, or the embedding tied to it."""
+        heads = (x for x in self.layers if _last(x.name) == "lm_head" or (x.streamed and _is_embedding(x.name)))
+        return next((layer.format for layer in heads), None)
 
     @property
     def weight_formats(self) -> Mapping[str, list[str]]:
@@ -147,7 +158,9 @@ class Workload:
             artifact.bytes,
             artifact.format,
             int(details.get("attention_width") or _attention_width(layers, int(details.get("vocabulary", 0)))),
-            _static(details.get("runtime")),
+            _says(details, "shapes", "static"),
+            _says(details, "operators", "plain"),
+            _says(details, "activations", "int8"),
         )
 
     @classmethod
@@ -200,8 +213,10 @@ def _is_embedding(name: str) -> bool:
     return _last(name) in _EMBEDDINGS
 
 
-def _static(runtime: Any) -> bool:
-    return isinstance(runtime, Mapping) and runtime.get("shapes") == "static"
+def _says(details: Mapping[str, Any], key: str, value: str) -> bool:
+    """Return whether an artifact's details say so of its runtime."""
+    runtime = details.get("runtime")
+    return isinstance(runtime, Mapping) and runtime.get(key) == value
 
 
 def _attention_width(layers: tuple[LayerLoad, ...], vocabulary: int) -> int:

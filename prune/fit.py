@@ -111,7 +111,7 @@ class _Search:
         options = self.options
         place = Place(
             self.runtime, self.full.vocab, options.prompt_tokens, self.context, storage.scheme != "float", self.static,
-            "low" if options.pessimistic else "value",
+            "low" if options.pessimistic else "value", storage.weight_format, storage.table_format,
         )  # fmt: skip
         limits = headroom(self.profile, self.budgets, place)
         return Pricing(limits, storage, self.full, self.original, options.multiple, self.kv_number_bytes,

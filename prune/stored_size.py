@@ -71,6 +71,11 @@ class Storage:
             return None
         return {"palettize": "palette", "integer": "int", "float": "float"}[self.scheme] + f"{self.bits:g}"
 
+    @property
+    def table_format(self) -> str:
+        """Return the name that device profiles have for the format of an embedding or a head."""
+        return f"float{self.float_bits}" if self.scheme == "float" else f"int{EMBEDDING_BITS}"
+
     def linear_bits(self, outputs: int, inputs: int) -> float:
         """Return the stored bits of a linear's weight.
 
@@ -135,7 +140,7 @@ def planned_workload(
     table = shape.vocab * shape.width
     table_bytes = -(-storage.table_bits(shape.vocab, shape.width) // 8)
     as_float = f"float{storage.float_bits}"
-    of_table = as_float if storage.scheme == "float" else f"int{EMBEDDING_BITS}"
+    of_table = storage.table_format
     layers = [
         LayerLoad("linears", weights, -(-int(shape.layers * linear) // 8), format=storage.weight_format),
         LayerLoad("norms and biases", floats, (shape.layers * other + shape.width * storage.float_bits) // 8,

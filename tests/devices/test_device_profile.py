@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dwindle.devices import host_profile
+from dwindle.devices import host_kernels, host_profile
 from dwindle.devices.device_profile import add_profile, check_profile, list_profiles, load_profile, profile_files
 from dwindle.errors import RecipeError
 
@@ -123,7 +123,7 @@ def test_host_is_measured() -> None:
 
 
 def test_host_without_a_runtime_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_profile, "find_spec", lambda name: None)
+    monkeypatch.setattr(host_kernels, "find_spec", lambda name: None)
     monkeypatch.setattr(host_profile, "_COPY_BYTES", 2**22)
     host = host_profile.measure_profile.__wrapped__()
     assert host.compute_units["cpu"].decode_compute is None

@@ -42,6 +42,11 @@ def cost_of(workload: Workload, loaded: Workload) -> Cost:
     )  # fmt: skip
 
 
+def _place(runtime: str, prompt: int, context: int, packed: bool, static: bool, end: End) -> Place:
+    formats = ("int4", "int8") if packed else ("float16", "float16")
+    return Place(runtime, 32_000, prompt, context, packed, static, end, *formats)
+
+
 @pytest.mark.parametrize("end", ["value", "low"])
 @pytest.mark.parametrize("runtime", ["coreml", "onnx"])
 @pytest.mark.parametrize("line", LINES)
@@ -60,7 +65,7 @@ def test_lines_hold_exactly_where_the_estimate_does(line: str, runtime: str, end
         assert judged is not None
         (budget,) = parse_budgets([line.format(f"{judged * rng.uniform(0.7, 1.4):.9f}")])
         loaded = workload.with_float32_weights() if runtime == "onnx" else workload
-        limits = headroom(profile, [budget], Place(runtime, 32_000, prompt, context, packed, static, end))
+        limits = headroom(profile, [budget], _place(runtime, prompt, context, packed, static, end))
         held = all(limit.of(cost_of(workload, loaded)) <= limit.bound for limit in limits)
         assert held == budget.holds(judged), (budget, judged)
         seen.add(held)
