@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from dwindle.adapter_card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterCard
 from dwindle.errors import DataError, UnsupportedModel
 
-__all__ = ["catalogue", "catalogue_table", "described"]
+__all__ = ["catalogue", "catalogue_table", "comparison", "comparison_table", "described"]
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -52,3 +53,44 @@ def catalogue_table(found: list[dict[str, Any]]) -> str:
         lines.append(f"{one['name']:{width}}  {one['task']:12} {one['kind']:6} {one['rank']:4} {one['bytes']:12,}  "
                      f"{one['base_name']} {one['base_sha256'][:8]}{fits}{metrics}")  # fmt: skip
     return "\n".join(lines)
+
+
+def comparison(folders: Sequence[Path], base_sha256: str | None = None) -> list[dict[str, Any]]:
+    """Return the adapters of all folders, each with `same_base`: which of the others are for its very base.
+
+    Raises as `catalogue` does, and DataError for fewer than two adapters.
+    """
+    found = [{**one, "name": one["name"] if len(folders) == 1 else f"{folder.name}/{one['name']}"
+              if one["name"] != folder.name else folder.name}
+             for folder in folders for one in catalogue(folder, base_sha256)]  # fmt: skip
+    if len(found) < 2:
+        raise DataError(f"adapters compare: {len(found)} adapter found, at least two are needed. Name more folders.")
+    return [
+        {**one, "same_base": [other["name"] for other in found
+                              if other is not one and other["base_sha256"] == one["base_sha256"]]}
+        for one in found
+    ]  # fmt: skip
+
+
+def comparison_table(found: list[dict[str, Any]]) -> str:
+    """Return the comparison for a person: one column for each adapter."""
+    names = [one["name"] for one in found]
+    rows: list[tuple[str, list[str]]] = [
+        ("task", [one["task"] for one in found]),
+        ("base", [f"{one['base_name']} {one['base_sha256'][:8]}" for one in found]),
+        ("same base", [", ".join(one["same_base"]) or "-" for one in found]),
+        ("started from", [(one["started_from"] or "nothing")[:8] for one in found]),
+        ("kind, rank", [f"{one['kind']} {one['rank']}" for one in found]),
+        ("linears", [f"{one['linears']}" for one in found]),
+        ("bytes", [f"{one['bytes']:,}" for one in found]),
+        ("licence", [one["licence"] or "-" for one in found]),
+    ]
+    if "fits" in found[0]:
+        rows.insert(2, ("fits", ["yes" if one["fits"] else "another base" for one in found]))
+    for metric in dict.fromkeys(name for one in found for name in one["metrics"]):
+        rows.append((metric, [f"{one['metrics'][metric]:.4g}" if metric in one["metrics"] else "-" for one in found]))
+    widths = [max(len(name), *(len(values[i]) for _, values in rows)) for i, name in enumerate(names)]
+    first = max(len(label) for label, _ in rows)
+    told = [("", names), *rows]
+    lines = [[f"{label:{first}}", *(f"{v:{w}}" for v, w in zip(values, widths, strict=True))] for label, values in told]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -4,26 +4,36 @@
     DoRA (Liu 2024, arXiv 2402.09353)    W' = m * (W + s B A) / |W + s B A|     |.| the length of each row
 
 The merged model's logits equal those of base plus adapter (within rounding), so an adapter trained anywhere can be
-folded in before a model is pruned, quantized or exported. A quantized base is refused: its codes cannot take a
-change without being rounded again, which is another model than the one the adapter was trained on.
+folded in before a model is pruned, quantized or exported. It is stored in float32, whatever the base was stored in:
+float16 would round it once more (`exact=False` does).
+
+A quantized base is refused: its codes cannot take a change without being rounded again, which is another model than the
+one the adapter was trained on. Who wants that hands in `recode`, and the linears that change are rounded again, each to
+the format that it had.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dwindle.adapter_card import CARD_FILE, AdapterCard
 from dwindle.anatomy import require_dense
 from dwindle.bundle import ModelBundle
 from dwindle.clock import StepClock
 from dwindle.errors import RecipeError, UnsupportedModel, offenders
 from dwindle.low_rank import LowRank
 from dwindle.peft_folder import read_adapter
-from dwindle.report import StepRecord
+from dwindle.quantized_model import QuantizedLinear
+from dwindle.report import Skipped, StepRecord
 from dwindle.storage import hash_folder
+from dwindle.weights import QuantizedWeight
 
 __all__ = ["merge", "merged_weight"]
 
@@ -40,39 +50,73 @@ def merged_weight(weight: Tensor, change: LowRank) -> Tensor:
     return merged.float()
 
 
-def merge(bundle: ModelBundle, adapter: Path | str) -> tuple[ModelBundle, StepRecord]:
-    """Return a float model with the adapter folded in; the given bundle is unchanged.
+Recode = Callable[[Tensor, Mapping[str, Any]], QuantizedWeight]
+"""(weight [O, I], spec) -> the weight in that format."""
 
-    Raises RecipeError for a quantized base, UnsupportedModel for a model with experts, or a folder that is no low-rank
-    adapter or that names modules or shapes the model does not have.
+
+def merge(
+    bundle: ModelBundle, adapter: Path | str, *, exact: bool = True, recode: Recode | None = None
+) -> tuple[ModelBundle, StepRecord]:
+    """Return a model with the adapter folded in; the given bundle is unchanged.
+
+    Raises RecipeError for a quantized base without `recode`, and for an adapter whose card names another base;
+    UnsupportedModel for a model with experts, or a folder that is no low-rank adapter or that names modules or shapes
+    the model does not have.
     """
     adapter = Path(adapter)
     require_dense(bundle.anatomy, "merge")
-    if bundle.quantized:
+    if bundle.quantized and recode is None:
         raise RecipeError(
-            "merge: the base is quantized; an adapter cannot be folded into codes without rounding them again. "
-            "Merge into the float model and quantize the result."
+            "merge: the base is quantized; an adapter cannot be folded into codes without rounding them again, which "
+            "loses a part of what it was trained for. Merge into the float model and quantize the result, or say that "
+            "the changed linears shall be rounded again (dwindle adapters merge --requantize)."
         )
     changes = read_adapter(adapter)
-    linears = {name: m for name, m in bundle.model.named_modules() if isinstance(m, nn.Linear)}
+    _require_base(bundle, adapter, changes)
+    with StepClock() as clock:
+        model = copy.deepcopy(bundle.model)
+        rounded = []
+        with torch.no_grad():
+            for name, change in changes.items():
+                module: Any = model.get_submodule(name)
+                weight = merged_weight(module.weight, change)
+                if isinstance(module, QuantizedLinear) and recode is not None:
+                    module.fill(recode(weight, module.spec))
+                    rounded.append(name)
+                else:
+                    module.weight.copy_(weight)
+        source = replace(bundle, storage_dtype=torch.float32) if exact and not bundle.quantized else bundle
+        options = {"modules": len(changes), "rounded_again": len(rounded)}
+        merged = source.derive(model, "merge", options, {"adapter": hash_folder(adapter)})
+        merged.stored_dtype_rounded()
+    skipped = ()
+    if rounded:
+        skipped = (Skipped("an exact merge", f"{len(rounded)} quantized linears were rounded again to their formats"),)
+    return merged, StepRecord("merge", bundle.size(), merged.size(), seconds=clock.seconds, skipped=skipped,
+                              peak_rss_bytes=clock.peak_rss_bytes, details={"modules": sorted(changes)})  # fmt: skip
+
+
+def _require_base(bundle: ModelBundle, adapter: Path, changes: Mapping[str, LowRank]) -> None:
+    """Raise unless every change has its linear in this model, and the card, if there is one, names this base."""
+    linears: dict[str, tuple[int, int]] = {
+        name: (module.out_features, module.in_features)
+        for name, module in bundle.model.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear)
+    }
     wrong = [
         f"{name} ({c.b.shape[0]}x{c.a.shape[1]})"
         for name, c in changes.items()
-        if name not in linears or tuple(linears[name].weight.shape) != (c.b.shape[0], c.a.shape[1])
+        if linears.get(name) != (c.b.shape[0], c.a.shape[1])
     ]
     if wrong:
         raise UnsupportedModel(
             f"{adapter}: {len(wrong)} of {len(changes)} modules are not in this model, or have another shape there: "
             f"{offenders(wrong)}. The adapter belongs to another base."
         )
-    with StepClock() as clock:
-        model = copy.deepcopy(bundle.model)
-        with torch.no_grad():
-            for name, change in changes.items():
-                weight = model.get_submodule(name).weight
-                weight.copy_(merged_weight(weight, change))
-        merged = bundle.derive(model, "merge", {"modules": len(changes)}, {"adapter": hash_folder(adapter)})
-        merged.stored_dtype_rounded()
-    record = StepRecord("merge", bundle.size(), merged.size(), seconds=clock.seconds,
-                        peak_rss_bytes=clock.peak_rss_bytes, details={"modules": sorted(changes)})  # fmt: skip
-    return merged, record
+    if (adapter / CARD_FILE).is_file():
+        card, found = AdapterCard.read(adapter), bundle.content_sha256
+        if card.base_sha256 != found:
+            raise RecipeError(
+                f"merge: {adapter} was trained on {card.base_name} ({card.base_sha256[:12]}), this base is "
+                f"{found[:12]}. An adapter fits the very weights it was trained on."
+            )

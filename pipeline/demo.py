@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dwindle.pipeline.recipe import Recipe
 from dwindle.report import Report
-from dwindle.starter import TEACHER, corpus
+from dwindle.starter import TEACHER, corpus, story, tasks
+from dwindle.starter.tasks import question_text
 from dwindle.storage import write_text
 
 __all__ = ["demo_recipe", "run_demo"]
@@ -16,6 +21,9 @@ __all__ = ["demo_recipe", "run_demo"]
 TRAIN_DOCUMENTS = 4_000
 EVALUATION_DOCUMENTS = 400
 STORY_SEED = 7
+TASK_STORIES = 320
+TASK_SEED = 900_000_000
+"""First seed of the stories that task records come from: far from those of the text."""
 MARKS = {"train": "\n<|endoftext|>\n", "validation": "\n\n"}
 """What stands between two documents: training text is split there, evaluation text is measured exactly as it is."""
 
@@ -27,11 +35,25 @@ def demo_recipe(folder: Path) -> Recipe:
         place = folder / "data" / f"{split}.txt"
         if not place.exists():
             write_text(place, MARKS[split].join(corpus(STORY_SEED, documents, split)) + "\n")
-    recipe = importlib.resources.files("dwindle.starter") / "demo.yaml"
-    return Recipe.load(Path(str(recipe)), [
+    place = Path(str(importlib.resources.files("dwindle.starter") / "demo.yaml"))
+    recipe: dict[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
+    for task in next(step["adapt"] for step in recipe["steps"] if "adapt" in step)["tasks"]:
+        task["data"] = [str(_task_records(folder / "data", task["name"]))]
+    return Recipe.parse(recipe, [
         f"teacher.model={TEACHER}", f"data.train=[{folder / 'data' / 'train.txt'}]",
         f"data.evaluation={folder / 'data' / 'validation.txt'}",
     ])  # fmt: skip
+
+
+def _task_records(folder: Path, kind: str) -> Path:
+    """Write one record of a kind for each story (once): the question without the story, for what needs none."""
+    place = folder / "tasks" / f"{kind}.jsonl"
+    if not place.exists():
+        found = [next((t for t in tasks(story(seed)) if t.kind == kind), None)
+                 for seed in range(TASK_SEED, TASK_SEED + TASK_STORIES)]  # fmt: skip
+        rows = [{"prompt": question_text(t.question), "answer": t.answer, "choices": t.choices} for t in found if t]
+        write_text(place, "".join(json.dumps(row) + "\n" for row in rows))
+    return place
 
 
 def run_demo(folder: Path, *, notify: Callable[[str], None] | None = None) -> Report:

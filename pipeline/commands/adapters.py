@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dwindle.pipeline.commands.shared import (
     model_option,
     notify,
     output_option,
+    save,
     seed_option,
 )
 
@@ -73,7 +75,7 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
 
 @click.group()
 def adapters() -> None:
-    """List and show adapter folders, and package one for an exported base."""
+    """List, show and compare adapter folders, merge one into its base, package one for an exported base."""
 
 
 @adapters.command("list")
@@ -127,3 +129,49 @@ def show(folder: str, as_json: bool) -> None:
     found = described(Path(folder))
     lines = [f"{key:16} {value}" for key, value in found.items() if value not in (None, {}, "")]
     emit(found, "\n".join(lines), as_json)
+
+
+@adapters.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@click.option("-m", "--model", help="Say which of them fit this base.")
+@json_option
+def compare(folders: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """Set adapters side by side: task, base, rank, bytes, metrics. FOLDERS hold one or many each."""
+    from dwindle.adapters.catalogue import comparison, comparison_table
+
+    base = None if model is None else load(model).content_sha256
+    found = comparison([Path(folder) for folder in folders], base)
+    emit({"adapters": found}, comparison_table(found), as_json)
+
+
+@adapters.command()
+@click.argument("folder", type=click.Path())
+@model_option
+@output_option
+@click.option("--requantize", is_flag=True, help="The base is quantized: round the changed linears again, each to the "
+              "format that it had. That loses a part of what the adapter was trained for.")  # fmt: skip
+@click.option("--keep-dtype", is_flag=True, help="Store in the base's own type, which rounds once more.  "
+              "[default: float32, exact]")  # fmt: skip
+@click.option(
+    "--text", type=click.Path(), help="Text to measure on how far the merged model is from base plus adapter."
+)
+@json_option
+def merge(folder: str, model: str, output: str, requantize: bool, keep_dtype: bool, text: str | None,
+          as_json: bool) -> None:  # fmt: skip
+    """Fold the adapter in FOLDER into its base: exactly into a float model, by rounding again into a quantized one."""
+    from dwindle import adapters as room
+    from dwindle.data import evaluation_set
+    from dwindle.low_rank import changed
+    from dwindle.measure import Meter
+    from dwindle.quantize.recode import recoded
+
+    base = load(model)
+    merged, record = room.merge(base, folder, exact=not keep_dtype, recode=recoded if requantize else None)
+    if text is not None:
+        notify("measuring base plus adapter, and the merged model")
+        meter = Meter(evaluation_set(text, base.tokenizer), base)
+        with changed(base, room.read_adapter(Path(folder))):
+            record = replace(record, before=meter.measure(base), after=meter.measure(merged))
+    save(merged, record, output, as_json)
+    if text is not None and not as_json:
+        click.echo(f"  KL(base plus adapter || merged) {record.after.kl_nats_per_token:.3g} nats/token")

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from dwindle.adapter_card import weights_sha256
 from dwindle.adapters import merge, read_adapter
+from dwindle.bundle import ModelBundle
 from dwindle.errors import RecipeError, UnsupportedModel
 
 
@@ -68,6 +70,56 @@ def test_a_quantized_base_is_refused(tiny_bundle: Callable[..., Any], tmp_path: 
     base, _ = quantize.run(tiny_bundle("llama"), quantize.QuantizeOptions(scheme="integer"))
     with pytest.raises(RecipeError, match="without rounding them again"):
         merge(base, tmp_path)
+
+
+def test_a_base_in_float16_is_merged_exactly_unless_its_type_is_kept(
+    tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle("llama", storage_dtype=torch.float16)
+    wanted = peft_adapter(bundle, tmp_path / "a")
+    errors = []
+    for exact in (True, False):
+        merge(bundle, tmp_path / "a", exact=exact)[0].save(tmp_path / f"merged-{exact}")
+        merged = ModelBundle.load(tmp_path / f"merged-{exact}")
+        assert merged.storage_dtype == (torch.float32 if exact else torch.float16)
+        with torch.no_grad():
+            errors.append(float((merged.model(input_ids=IDS).logits - wanted).abs().max()))
+    assert errors[0] < 1e-5 < errors[1]
+
+
+@pytest.mark.parametrize("options", [{"scheme": "integer", "bits": 4}, {"scheme": "integer", "bits": 4,
+    "symmetric": False}, {"scheme": "palettize", "bits": 4}])  # fmt: skip
+def test_a_quantized_base_is_merged_by_rounding_again_and_it_is_said(
+    tiny_bundle: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    from dwindle import quantize
+    from dwindle.low_rank import changed
+    from dwindle.quantize.recode import recoded
+
+    bundle = tiny_bundle("llama")
+    peft_adapter(bundle, tmp_path)
+    base, _ = quantize.run(bundle, quantize.QuantizeOptions(**options))
+    merged, record = merge(base, tmp_path, recode=recoded)
+    assert "4 quantized linears were rounded again" in record.skipped[0].why
+    assert merged.size() == base.size()
+    with torch.no_grad(), changed(base, read_adapter(tmp_path)):
+        wanted = base.model(input_ids=IDS).logits
+    with torch.no_grad():
+        near, far = ((b.model(input_ids=IDS).logits - wanted).abs().mean() for b in (merged, base))
+    assert 0 < near < 0.8 * far
+    untouched = "model.layers.0.self_attn.k_proj"
+    assert torch.equal(merged.model.get_submodule(untouched).weight, base.model.get_submodule(untouched).weight)
+
+
+def test_a_card_that_names_another_base_is_refused(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    peft_adapter(tiny_bundle("llama"), tmp_path)
+    sha = weights_sha256(load_file(tmp_path / "adapter_model.safetensors"))
+    card = {"schema": 1, "base_name": "other", "base_sha256": "0" * 64, "task": "a", "sha256": sha}
+    (tmp_path / "adapter_card.json").write_text(json.dumps(card))
+    with pytest.raises(RecipeError, match=r"was trained on other \(000000000000\), this base is"):
+        merge(tiny_bundle("llama"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,27 @@ def test_adapt_refuses_nonsense(line: Path) -> None:
     with pytest.raises(UnsupportedModel, match="it is no adapter folder"):
         dwindle(*words, "--prompt", "question", "--completion", "answer", "--from", line / "packed")
     assert not (line / "a").exists()
+
+
+def test_adapters_are_compared_and_merged(line: Path) -> None:
+    from dwindle.errors import DataError, RecipeError
+
+    place = records(line)
+    for name, rank in (("one", 2), ("two", 4)):
+        dwindle("adapt", "-m", line / "packed", "-d", place, "--prompt", "question", "--completion", "answer",
+                "-o", line / "all" / name, "--rank", rank, "--epochs", 1)  # fmt: skip
+    table = dwindle("adapters", "compare", line / "all", "-m", line / "packed").stdout
+    assert table.partition("kind, rank")[2].partition("\n")[0].split() == ["lora", "2", "lora", "4"]
+    found = json.loads(dwindle("adapters", "compare", line / "all" / "one", line / "all" / "two", "--json").stdout)
+    assert [one["same_base"] for one in found["adapters"]] == [["two"], ["one"]]
+    with pytest.raises(DataError, match="at least two are needed"):
+        dwindle("adapters", "compare", line / "all" / "one")
+    words = ["adapters", "merge", line / "all" / "two", "-o", line / "merged"]
+    with pytest.raises(RecipeError, match="--requantize"):
+        dwindle(*words, "-m", line / "packed")
+    with pytest.raises(RecipeError, match="fits the very weights"):
+        dwindle(*words, "-m", line / "teacher")
+    done = dwindle(*words, "-m", line / "packed", "--requantize", "--text", line / "test.txt")
+    assert "rounded again to their formats" in done.stdout
+    assert "KL(base plus adapter || merged)" in done.stdout
+    assert (line / "merged" / "model.safetensors").is_file()
