@@ -89,7 +89,7 @@ def merge(
         options = {"modules": len(changes), "rounded_again": len(rounded)}
         merged = source.derive(model, "merge", options, {"adapter": hash_folder(adapter)})
         merged.stored_dtype_rounded()
-    skipped = ()
+    skipped: tuple[Skipped, ...] = ()
     if rounded:
         skipped = (Skipped("an exact merge", f"{len(rounded)} quantized linears were rounded again to their formats"),)
     return merged, StepRecord("merge", bundle.size(), merged.size(), seconds=clock.seconds, skipped=skipped,

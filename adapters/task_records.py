@@ -14,6 +14,7 @@ from typing import Any
 
 from dwindle.adapters.task_options import TaskOptions, columns_of
 from dwindle.adapters.task_rows import Row, read_rows
+from dwindle.checkers import make_checker
 from dwindle.errors import DataError, did_you_mean, offenders
 from dwindle.report import Skipped
 from dwindle.storage import hash_json
@@ -94,6 +95,9 @@ def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
     labels = options.labels or _all_labels(options, given)
     train, held_out = _records(options, given, labels, bad), _records(options, kept, labels, bad)
     skipped = bad.settle(options, len(train))
+    if options.checker is not None:
+        train, unpassed = _passing(options.checker, train, given)
+        skipped += unpassed
     if options.held_out:
         measured = {record.prompt for record in held_out}
         apart = [record for record in train if record.prompt not in measured]
@@ -180,6 +184,22 @@ def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[li
         asked = prompt if options.trace_prompt is None else _text(options.trace_prompt, row.values)
         made.append(Record(asked, trace, row.place, is_trace=True))
     return made, None
+
+
+def _passing(spec: str, records: list[Record], rows: Sequence[Row]) -> tuple[list[Record], tuple[Skipped, ...]]:
+    """Return the records whose answer a checker passes; a trace is held to its row's short answer."""
+    checker, values = make_checker(spec), {row.place: row.values for row in rows}
+    short = {record.place: record.completion for record in records if not record.is_trace}
+    kept, failed = [], list[str]()
+    for record in records:
+        known = {**values[record.place], "reference": short[record.place]}
+        verdict = checker(record.prompt, record.completion, known)
+        if verdict.passed:
+            kept.append(record)
+        else:
+            failed.append(f"{record.place} ({verdict.why})")
+    told = f"the checker {spec} did not pass them: {offenders(failed, _SHOWN)}"
+    return kept, (Skipped(f"{len(failed):,} answers as training records", told),) if failed else ()
 
 
 def _choices(options: TaskOptions, values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ the medians of wall seconds and peak resident memory, the quality both reached, 
 pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
 `quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
 on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
+`adapters` fills the tables of recovery and of tasks, measures the memory of training, and sets DPO beside TRL's
+(`adapters_quality.py`, `adapters_memory.py`, `adapters_dpo.py`),
 `adapters-runtime` measures what swapping and using an adapter costs in ONNX Runtime (`adapters_runtime.py`),
 `gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
 (`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
@@ -33,8 +35,8 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters-runtime", "gate", "report", "prune", "distill-loss",
-         "distill-step", "distill-quality")  # fmt: skip
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters", "adapters-runtime", "gate", "report", "prune",
+         "distill-loss", "distill-step", "distill-quality")  # fmt: skip
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -91,6 +93,11 @@ def main() -> None:
             scale()
         elif name == "onnx":
             subprocess.run([sys.executable, str(HERE / "onnx_decode.py")], check=True)
+        elif name == "adapters":
+            results = ["--results", str(RESULTS / "adapters.json")]
+            subprocess.run([sys.executable, str(HERE / "adapters_quality.py"), *results], check=True)
+            subprocess.run([sys.executable, str(HERE / "adapters_memory.py")], check=True)
+            subprocess.run([sys.executable, str(HERE / "adapters_dpo.py"), "--peer", peers[0]], check=True)
         elif name == "adapters-runtime":
             subprocess.run([sys.executable, str(HERE / "adapters_runtime.py")], check=True)
         elif name == "prune":

@@ -210,7 +210,8 @@ def _quality(artifact: Artifact, steps: Sequence[StepRecord]) -> dict[str, Metri
     for step in steps:
         if step.variant not in (None, artifact.variant):
             continue
-        values = {name: getattr(step.after, name) for name in QUALITY_UNITS}
+        of_a_task = step.name == "adapt"  # its `after` is the base with a task's adapter: no quality of the model's
+        values = {} if of_a_task else {name: getattr(step.after, name) for name in QUALITY_UNITS}
         task, scores = step.details.get("task"), step.details.get("metrics_after")
         if task is not None and isinstance(scores, Mapping):
             values |= {f"{TASK}{task}.{name}": value for name, value in scores.items()}

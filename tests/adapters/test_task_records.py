@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_traces_are_records_of_their_own(tmp_path: Path) -> None:
     assert len(traces) == len([r for r in found.train if not r.is_trace])
     assert traces[0].prompt.endswith(" Think.")
     assert traces[0].completion.startswith("Try 1.")
+
+
+def test_a_checker_leaves_out_traces_that_do_not_arrive(tmp_path: Path) -> None:
+    rows = [
+        {**row, "work": f"Try {n}. No. So {row['completion'] if n % 4 else 'seven'}."} for n, row in enumerate(ROWS)
+    ]
+    options = TaskOptions("sum", (jsonl(tmp_path / "a.jsonl", rows),), traces="work", checker="contains:reference")
+    found = read_task(options)
+    traces = [r for r in (*found.train, *found.held_out) if r.is_trace]
+    assert len(traces) == 15
+    assert "5 answers" in found.skipped[0].what
+    assert "a.jsonl:1 (" in found.skipped[0].why
+    with pytest.raises(RecipeError, match=r"checker 'contans' is unknown \(did you mean 'contains'\?\)"):
+        read_task(replace(options, checker="contans"))
 
 
 def test_every_bad_record_is_told_by_kind(tmp_path: Path) -> None:
