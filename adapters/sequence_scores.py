@@ -18,6 +18,8 @@ from torch import Tensor, nn
 __all__ = ["answer_log_probs", "sequence_log_probs"]
 
 _PARTS = 4
+_LEAST_ROWS = 8
+"""Rows a part has at least: each part costs a pass over the layers, packed weights unpacked again."""
 
 
 def answer_log_probs(
@@ -30,7 +32,7 @@ def answer_log_probs(
     """
     call: Any = model
     order = torch.argsort(lengths, descending=True, stable=True)
-    for rows in order.chunk(max(1, min(parts, len(order) // 2))):
+    for rows in order.chunk(max(1, min(parts, len(order) // _LEAST_ROWS))):
         first, last = int(starts[rows].min()), int(lengths[rows].max())
         window = ids[rows, :last]
         read, wanted = window[:, :-1], window[:, first:]

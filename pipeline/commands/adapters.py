@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from dwindle.pipeline.commands.shared import (
     output_option,
     save,
     seed_option,
+    split_settings,
 )
 
 __all__ = ["adapters", "recover"]
@@ -175,3 +177,46 @@ def merge(folder: str, model: str, output: str, requantize: bool, keep_dtype: bo
     save(merged, record, output, as_json)
     if text is not None and not as_json:
         click.echo(f"  KL(base plus adapter || merged) {record.after.kl_nats_per_token:.3g} nats/token")
+
+
+@adapters.command()
+@click.option("-t", "--teacher", required=True, help="The model that makes the attempts: folder or Hugging Face id.")
+@data_option("Records with right answers: as for `dwindle adapt`.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="File to write (.jsonl).")
+@click.option("--prompt", help="Column of the prompt, or a template.  [default: prompt]")
+@click.option("--completion", help="Column or template of the right answer.  [default: completion]")
+@click.option("--checker", help="What an attempt must pass: arithmetic, contains, python, regex:PATTERN, script:FILE "
+              "...  [default: arithmetic]")  # fmt: skip
+@click.option("--samples", help="Attempts at each record, at most.  [default: 4]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="temperature, answer_tokens; or a key of "
+              "the task, as in task.template=plain.")  # fmt: skip
+@seed_option
+@device_option
+@json_option
+def traces(teacher: str, output: str, data: tuple[str, ...], prompt: str | None, completion: str | None,
+           settings: tuple[str, ...], torch_device: str, as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Let a model try records until a checker passes, and write its short and its whole solutions.
+
+    The file is data for `dwindle adapt`, which trains on both: --set task.traces=trace.
+    """
+    from dwindle import adapters as room
+    from dwindle.adapters.traces import TraceOptions, solved
+    from dwindle.storage import write_text
+
+    of_task = {"data": data, "prompt": prompt, "completion": completion}
+    given = {**values, **{f"task.{name}": value for name, value in of_task.items()}}
+    own, task = split_settings(settings, given, "task")
+    options = made_options(TraceOptions, {**values, **own}, "traces")
+    schema = made_options(room.TaskOptions, {"name": "traces", **of_task, **task}, "task")
+    whole = room.read_task(schema, options.seed)
+    records = [*whole.train, *whole.held_out]
+    found = list(solved(load(teacher, torch_device), records, schema, options))
+    rows = [row for row in found if row is not None]
+    if not rows:
+        raise GateFailed(f"traces: no attempt at {len(records):,} records passed {options.checker}; nothing was "
+                         "written. Take a better teacher, more samples, or another checker.")  # fmt: skip
+    write_text(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    first = sum(row["attempts"] == 1 for row in rows)
+    result = {"records": len(records), "solved": len(rows), "at_the_first_attempt": first, "output": output}
+    emit(result, f"traces: {len(rows):,} of {len(records):,} records solved, {first:,} at the first attempt\n"
+         f"Written: {output}", as_json)  # fmt: skip

@@ -81,9 +81,7 @@ def test_traces_are_records_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_checker_leaves_out_traces_that_do_not_arrive(tmp_path: Path) -> None:
-    rows = [
-        {**row, "work": f"Try {n}. No. So {row['completion'] if n % 4 else 'seven'}."} for n, row in enumerate(ROWS)
-    ]
+    rows = [{**row, "work": f"Try again. So {row['completion'] if n % 4 else 'seven'}."} for n, row in enumerate(ROWS)]
     options = TaskOptions("sum", (jsonl(tmp_path / "a.jsonl", rows),), traces="work", checker="contains:reference")
     found = read_task(options)
     traces = [r for r in (*found.train, *found.held_out) if r.is_trace]

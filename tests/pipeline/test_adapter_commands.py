@@ -135,3 +135,21 @@ def test_adapters_are_compared_and_merged(line: Path) -> None:
     assert "rounded again to their formats" in done.stdout
     assert "KL(base plus adapter || merged)" in done.stdout
     assert (line / "merged" / "model.safetensors").is_file()
+
+
+def test_a_teachers_traces_become_data_to_adapt_on(line: Path) -> None:
+    from dwindle.errors import GateFailed, RecipeError
+
+    words = ["adapters", "traces", "-t", line / "teacher", "-d", records(line), "-o", line / "traces.jsonl", "--prompt",
+             "question", "--completion", "answer", "--set", "answer_tokens=3", "--samples", 2]  # fmt: skip
+    told = json.loads(dwindle(*words, "--checker", "regex:[a-z]", "--json").stdout)
+    rows = [json.loads(row) for row in (line / "traces.jsonl").read_text().splitlines()]
+    assert told["solved"] == len(rows) > 0
+    assert all(row["trace"].endswith(row["completion"]) for row in rows)
+    done = dwindle("adapt", "-m", line / "packed", "-d", line / "traces.jsonl", "-o", line / "a", "--epochs", 1,
+                   "--set", "task.traces=trace", "--json")  # fmt: skip
+    assert json.loads(done.stdout)["details"]["records"] > len(rows)
+    with pytest.raises(GateFailed, match="no attempt at 40 records passed exact"):
+        dwindle(*words, "--checker", "exact")
+    with pytest.raises(RecipeError, match="samples=0"):
+        dwindle(*words, "--samples", 0)
