@@ -1,22 +1,25 @@
 """Adapters of an ONNX decoder: graph inputs that a caller may leave out, and the file that fills them.
 
-Every product of a layer's linears gets two inputs with a default, and with `dora` a third (I inputs, O outputs, r the
-rank, free to differ from product to product and adapter to adapter):
+Every product of a layer's linears gets inputs with a default (I inputs, O outputs, r the rank, free to differ from
+product to product and adapter to adapter):
 
-    NAME.lora_a [I, r], NAME.lora_b [r, O]     y = x W^T + (x a) b      default r = 0: nothing is added
-    NAME.row_scale [n]                         y = row_scale * (x W^T) + bias + (x a) b      default [1.0]; n is O or 1
+    NAME.lora_a [I, r], NAME.lora_b [r, O]     y = x W^T + (x a) b      default: rank 0, nothing is added
+                                               (where several linears are one product, rank 1 and zeros)
+    NAME.row_scale [n]                         y = row_scale * (x W^T) + bias + (x a) b      with `dora` only; default
+                                               [1.0], n is O or 1
 
 ONNX Runtime's own adapter files (`AdapterFormat`, .onnx_adapter) hold these arrays by name; a session takes one for a
 request through `RunOptions.add_active_adapter`, and ONNX Runtime GenAI through `og.Adapters`. The weights of the base
 are not touched, and one session serves any number of adapters.
 
-Linears that are one product in the graph (q, k and v; gate and up) have one pair of inputs. Their adapters are packed
-into it, A side by side and B as blocks, zero elsewhere, so that an adapter costs three operators a product whatever it
-changes:
+Linears that are one product in the graph (q, k and v; gate and up) read one x, so their A stand side by side in one
+input, [I, k r] under the product's name with k linears in it; each has a `lora_b` under its own name. Their ranks are
+one, a smaller one filled up with zeros:
 
-    a = [A_q^T  A_k^T  A_v^T]        b = | B_q^T   0      0    |
-                                         |  0     B_k^T   0    |
-                                         |  0      0     B_v^T |
+    x a = [x A_q^T  x A_k^T  x A_v^T],  split;    y = x W^T + [(x A_q^T) b_q  (x A_k^T) b_k  (x A_v^T) b_v]
+
+Decoding reads all of an adapter for each token, so its bytes are what it costs: B as blocks of one matrix, zero
+elsewhere, saves two operators and reads half as much again (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -62,16 +65,24 @@ class AdapterProducts:
 
     def added(self, x: str, y: str, bias: str, label: str, inputs: int, parts: Mapping[str, int]) -> str:
         """Return the product y of x with an adapter's change; a `bias` that y is still without comes last."""
-        graph, outputs, rank = self.graph, sum(parts.values()), f"{label}.rank"
+        graph, rank = self.graph, f"{label}.rank"
         self.products[label] = {"inputs": inputs, "parts": dict(parts)}
         if self.scales_rows:
             scale = graph.overridable(f"{label}.row_scale", [f"{label}.rows"], torch.ones(1))
             y = graph.op("Mul", y, scale, name=f"{label}.adapter")
             y = graph.op("Add", y, bias, name=label) if bias else y
-        a = graph.overridable(f"{label}.lora_a", [inputs, rank], torch.zeros(inputs, 0))
-        b = graph.overridable(f"{label}.lora_b", [rank, outputs], torch.zeros(0, outputs))
-        low = graph.op("MatMul", x, a, name=f"{label}.adapter")
-        return graph.op("Add", y, graph.op("MatMul", low, b, name=f"{label}.adapter"), name=f"{label}.adapter")
+        name, count = f"{label}.adapter", len(parts)
+        least = 0 if count == 1 else 1  # the runtime does not split nothing into parts
+        a = graph.overridable(f"{label}.lora_a", [inputs, f"{label}.ranks"], torch.zeros(inputs, least * count))
+        low = [graph.op("MatMul", x, a, name=name)]
+        if count > 1:
+            low = graph.ops("Split", count, low[0], name=name, axis=-1, num_outputs=count)
+        changes = []
+        for one, (part, width) in zip(low, parts.items(), strict=True):
+            b = graph.overridable(f"{part}.lora_b", [rank, width], torch.zeros(least, width))
+            changes.append(graph.op("MatMul", one, b, name=name))
+        change = changes[0] if count == 1 else graph.op("Concat", *changes, name=name, axis=-1)
+        return graph.op("Add", y, change, name=name)
 
 
 def packed_arrays(
@@ -84,21 +95,20 @@ def packed_arrays(
         found = {name: changes[name] for name in parts if name in changes}
         if not found:
             continue
-        rank, begin, row = sum(len(one.a) for one in found.values()), 0, 0
-        a, b = np.zeros((product["inputs"], rank), _FLOAT), np.zeros((rank, sum(parts.values())), _FLOAT)
-        scale = np.ones(b.shape[1], _FLOAT)
-        for name, width in parts.items():
+        rank = max(len(one.a) for one in found.values())
+        a, scales = np.zeros((product["inputs"], len(parts) * rank), _FLOAT), []
+        for place, (name, width) in enumerate(parts.items()):
+            b, scale = np.zeros((rank, width), _FLOAT), np.ones(width, _FLOAT)
             if name in found:
                 one = found[name]
-                end = begin + len(one.a)
-                a[:, begin:end], b[begin:end, row : row + width] = one.a.T.numpy(), one.b.T.numpy()
-                if one.row_scale is not None:
-                    scale[row : row + width] = one.row_scale.numpy()
-                begin = end
-            row += width
-        arrays |= {f"{label}.lora_a": a, f"{label}.lora_b": b}
+                begin, own = place * rank, len(one.a)
+                a[:, begin : begin + own], b[:own] = one.a.T.numpy(), one.b.T.numpy()
+                scale = scale if one.row_scale is None else one.row_scale.numpy()
+            arrays[f"{name}.lora_b"] = b
+            scales.append(scale)
+        arrays[f"{label}.lora_a"] = a
         if any(one.row_scale is not None for one in found.values()):
-            arrays[f"{label}.row_scale"] = scale
+            arrays[f"{label}.row_scale"] = np.concatenate(scales)
     return arrays
 
 

@@ -98,13 +98,13 @@ def test_the_folder_of_an_adapter_is_complete(tiny_bundle: Factory, write_adapte
     assert 'adapter.Load("adapter.onnx_adapter")' in (place / "README.md").read_text()
 
 
-def test_parts_of_one_product_are_blocks() -> None:
+def test_parts_of_one_product_share_an_input() -> None:
     change = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), None)
     products = {"qkv": {"inputs": 2, "parts": {"q": 1, "k": 2, "v": 1}}, "o": {"inputs": 2, "parts": {"o": 2}}}
     found = packed_arrays(products, {"q": change, "v": Factors(change.a * 2, change.b, torch.tensor([0.5]))})
-    assert sorted(found) == ["qkv.lora_a", "qkv.lora_b", "qkv.row_scale"]
-    assert found["qkv.lora_a"].tolist() == [[1.0, 2.0], [2.0, 4.0]]
-    assert found["qkv.lora_b"].tolist() == [[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]]
+    assert sorted(found) == ["k.lora_b", "q.lora_b", "qkv.lora_a", "qkv.row_scale", "v.lora_b"]
+    assert found["qkv.lora_a"].tolist() == [[1.0, 0.0, 2.0], [2.0, 0.0, 4.0]]
+    assert [found[f"{part}.lora_b"].tolist() for part in "qkv"] == [[[3.0]], [[0.0, 0.0]], [[3.0]]]
     assert found["qkv.row_scale"].tolist() == [1.0, 1.0, 1.0, 0.5]
 
 
@@ -207,7 +207,7 @@ def test_a_session_refuses_adapters_that_are_not_its_own(
     shutil.copyfile(
         tmp_path / "narrow" / "onnx" / "adapters" / "a" / "adapter.onnx_adapter", own / "adapter.onnx_adapter"
     )
-    with pytest.raises(UnsupportedModel, match="packaged for another export: 4 of its 16 arrays"):
+    with pytest.raises(UnsupportedModel, match="packaged for another export: 6 of its 22 arrays"):
         runner.load_adapter(own)
     (own / "adapter.onnx_adapter").write_bytes(b"nothing of the kind")
     with pytest.raises(UnsupportedModel, match="cannot be read by ONNX Runtime"):
@@ -246,4 +246,5 @@ def test_the_file_is_onnx_runtimes_own(tiny_bundle: Factory, write_adapter: Fact
     values, _ = read_adapter_file(tmp_path / "onnx" / "adapters" / "a" / "adapter.onnx_adapter")
     assert values["model.layers.0.self_attn.qkv_proj.lora_a"].shape() == [32, 9]
     assert values["model.layers.1.mlp.down_proj.lora_b"].shape() == [3, 32]
-    assert len(values) == 16
+    assert values["model.layers.0.self_attn.k_proj.lora_b"].shape() == [3, 16]
+    assert len(values) == 22
