@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dwindle.pipeline import figures
-from dwindle.pipeline.line_ends import step_title
+from dwindle.pipeline.line_ends import serves_a_task, step_title
 from dwindle.report import Report, StepRecord
 
 __all__ = ["AdapterRow", "Change", "adapter_rows"]
 
 _HIGHER_IS_BETTER = ("exact_match", "rouge_l", "label_accuracy", "win_rate", "top1_agreement")
+_LABELS = {"kl_nats_per_token": "KL from teacher", "nats_per_token": "nats/token", "top1_agreement": "top-1 agreement",
+           "general_kl": "KL on general text"}  # fmt: skip
 _SHARES = ("exact_match", "label_accuracy", "win_rate", "top1_agreement")
 
 
@@ -59,7 +61,8 @@ def _changes(step: StepRecord) -> Iterator[Change]:
     for name in dict.fromkeys([*before, *after]):
         yield _change(name, before.get(name), after.get(name))
     for name in ("kl_nats_per_token", "nats_per_token", "top1_agreement"):
-        yield _change(name, getattr(step.before, name), getattr(step.after, name))
+        change = _change(name, getattr(step.before, name), getattr(step.after, name))
+        yield replace(change, better=None) if serves_a_task(step) else change  # general text is not what it is for
 
 
 def _numbers(value: Any) -> dict[str, float]:
@@ -72,4 +75,4 @@ def _change(name: str, before: float | None, after: float | None) -> Change:
     if before is not None and after is not None and before != after:
         better = (after > before) == (name in _HIGHER_IS_BETTER)
     shown = figures.share if name in _SHARES else figures.number
-    return Change(name.replace("_", " "), shown(before), shown(after), better)
+    return Change(_LABELS.get(name, name.replace("_", " ")), shown(before), shown(after), better)

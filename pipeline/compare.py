@@ -161,7 +161,7 @@ def _row(what: str, name: str, values: Sequence[float | None], judged: bool, not
 def _worse(name: str, before: float | None, after: float | None) -> float | None:
     if before is None or after is None:
         return None
-    gap = before - after if name in _HIGHER_IS_BETTER else after - before
+    gap = before - after if name.rpartition(".")[2] in _HIGHER_IS_BETTER else after - before  # task.NAME.METRIC
     if gap == 0:
         return 0.0
     return gap / abs(before) if before else None

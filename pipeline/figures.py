@@ -115,6 +115,8 @@ def metric_text(metric: Metric, value: float | None) -> str:
         return size(value)
     if metric.unit == "seconds":
         return seconds(value)
+    if metric.unit == "share":
+        return share(value)
     return f"{number(value, 3)} {metric.unit}"
 
 

@@ -32,6 +32,10 @@ METRIC_LABELS: Mapping[str, str] = {
     "load_seconds": "Load",
     "peak_memory_bytes": "Peak memory",
     "package_bytes": "Package",
+    "nats_per_token": "Nats/token",
+    "bits_per_byte": "Bits/byte",
+    "kl_nats_per_token": "KL from teacher",
+    "top1_agreement": "Top-1 agreement",
 }
 """How a page calls a metric."""
 

@@ -158,7 +158,7 @@ class PlanEditor {
     });
     const blocks = [...new Set(place.map(([block]) => block))].sort((a, b) => a - b);
     const parts = [...new Set(place.map(([, part]) => part))];
-    map.style.gridTemplateColumns = `max-content repeat(${blocks.length}, minmax(0, 1fr))`;
+    map.style.gridTemplateColumns = `max-content repeat(${blocks.length}, minmax(0, 120px))`;
     map.classList.toggle("fine", blocks.length > 16);
     this.cells = [];
     for (const part of parts) {

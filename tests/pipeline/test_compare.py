@@ -8,7 +8,7 @@ import pytest
 from dwindle.errors import RecipeError
 from dwindle.pipeline.compare import Comparison, Row, Run, compare_runs, parse_percent
 from dwindle.pipeline.comparison_text import comparison_markdown, comparison_text
-from dwindle.report import Report, TargetVerdict
+from dwindle.report import Metric, Report, TargetVerdict
 
 from .sample_report import adapted_report, sample_report
 
@@ -158,6 +158,15 @@ def test_what_adapters_do_for_their_tasks_is_judged() -> None:
     assert not row(found, "adapt titles (onnx)", "nats_per_token").judged
     assert row(found, "recover (onnx)", "nats_per_token").judged
     assert compare_reports(poor, good, 0.0).failures == ()
+
+
+def test_a_metric_of_a_task_on_a_target_is_better_when_higher() -> None:
+    def held(value: float) -> Report:
+        metric = Metric("task.titles.exact_match", value, "share", "measured")
+        return Report(targets=(TargetVerdict("host", (metric,), "onnx", "export/onnx"),))
+
+    assert compare_reports(held(0.5), held(0.6), 0.02).failures == ()
+    assert "16.7% worse" in compare_reports(held(0.6), held(0.5), 0.02).failures[0]
 
 
 def test_markdown_says_what_changed_and_escapes_it() -> None:

@@ -131,7 +131,7 @@ def test_adapters_tell_what_they_changed_and_end_no_line() -> None:
     page = Page(render_html(adapted_report()))
     for said in ("Adapters", "recover (onnx) rank 16 · 20 kB · 500k tokens", "60% of what quantization opened is closed",
                  "adapt titles (onnx) rank 8 · 10 kB · 1,200 records · from recovery", "exact match 10.0 % 75.0 %",
-                 "general kl – 0.3", "variant onnx"):  # fmt: skip
+                 "KL on general text – 0.3", "variant onnx"):  # fmt: skip
         assert said in page.words, said
     assert "1.42 MB from 8 MB" in page.words  # the recovered model is the end of the line, not the task's
     assert [point.label for point in quality_points(adapted_report())][-1] == "recover (onnx)"
