@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dwindle.pipeline.drawing import SERIES, Area, Box, Dot, Drawing, Line, Text
 from dwindle.pipeline.figures import count, number, seconds, size
 
-__all__ = ["Curve", "Limit", "Point", "Split", "front_of", "memory_over_context", "nice_ticks", "quality_against_size",
-           "time_split", "training_curve"]  # fmt: skip
+__all__ = ["Curve", "Limit", "Point", "Split", "bits_of_layers", "front_of", "memory_over_context", "nice_ticks",
+           "quality_against_size", "time_split", "training_curve"]  # fmt: skip
 
 _Place = tuple[float, float]
 _RIGHT, _TOP, _BOTTOM = 24, 20, 52
@@ -247,6 +248,32 @@ def training_curve(points: Sequence[tuple[float, float]], width: float = 760) ->
           _spaced([(place(v, bottom)[0], count(int(v))) for v in nice_ticks(first, last, 6)], 48))  # fmt: skip
     _axes(drawing, frame, "steps", "loss")
     drawing.add(Line([place(*point) for point in points], "curve s1", title="loss"))
+    return drawing
+
+
+def bits_of_layers(layers: Sequence[tuple[str, int]], width: float = 760) -> Drawing:
+    """Return a map of (name, bits of a code): blocks from left to right, their parts below each other."""
+    places = []
+    for name, bits in layers:
+        found = re.search(r"\.(\d+)\.", name)
+        part = name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj")
+        places.append((int(found[1]) if found else 0, part, name, bits))
+    blocks, parts = sorted({place[0] for place in places}), list(dict.fromkeys(place[1] for place in places))
+    left, top, row = 58.0, 8.0, 24.0
+    drawing = Drawing(width, top + row * len(parts) + 34, "Bits of every layer")
+    if not places:
+        return drawing
+    wide = min(90.0, (width - left - 8) / len(blocks))
+    for line, part in enumerate(parts):
+        drawing.add(Text(left - 8, top + row * line + 15, part, "note", "end"))
+    for block, part, name, bits in places:
+        x, y = left + wide * blocks.index(block), top + row * parts.index(part)
+        drawing.add(Box(x, y, wide - 2, row - 2, f"bits w{min(bits, 16)}", f"{name}: {bits} bits", 3))
+        if wide >= 16:
+            drawing.add(Text(x + wide / 2 - 1, y + 15, str(bits), "cell", "middle"))
+    drawing.add(*(Text(x, top + row * len(parts) + 14, text, "tick", "middle") for x, text in _spaced(
+        [(left + wide * (i + 0.5) - 1, str(block)) for i, block in enumerate(blocks)], 28)))  # fmt: skip
+    drawing.add(Text(left, top + row * len(parts) + 30, "block", "axis"))
     return drawing
 
 

@@ -75,6 +75,8 @@ KINDS: Mapping[str, Kind] = {
     "strong": Kind(fill="ink", size=13, bold=True),
     "note": Kind(fill="soft", size=11.5),
     "miss": Kind(fill="bad", size=11.5),
+    "cell": Kind(fill="ink", size=11, bold=True),
+    **{f"bits w{n}": Kind(fill="s1", opacity=round(0.08 + 0.14 * math.log2(2 * n), 2)) for n in range(1, 17)},
     "ring": Kind(stroke="good", width=2.0),
     **{f"s{n}": Kind(fill=f"s{n}") for n in range(SERIES)},
     **{f"curve s{n}": Kind(stroke=f"s{n}", width=2.2) for n in range(SERIES)},

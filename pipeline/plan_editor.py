@@ -15,6 +15,7 @@ KL of a width that was not measured, the seconds of a format that a device refus
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,9 @@ __all__ = ["EDITOR_CONTEXT", "plan_editor", "plan_workload"]
 EDITOR_CONTEXT = 4096
 """Tokens the KV cache is sized for, fewer where the model takes fewer."""
 _PREFIX = {"palettize": "palette", "integer": "int"}
+_WIDTHS = {"palettize": PALETTE_BITS, "integer": INTEGER_BITS}
 _FP16_BYTES = 2
+_LOG = logging.getLogger("dwindle")
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,24 @@ class _Shape:
 
 
 def plan_editor(step: StepRecord, report: Report) -> dict[str, Any] | None:
-    """Return the editor's data of a quantize step, ready for JSON; None where its record holds no plan."""
+    """Return the editor's data of a quantize step, ready for JSON; None where its record holds no plan.
+
+    Nor is there an editor where the record or an artifact is not as this version writes it.
+    """
     plan = step.details.get("plan")
     if not isinstance(plan, Mapping) or not _is_bit_plan(plan):
         return None
+    try:
+        return _editor(step, report, plan)
+    except (DwindleError, ArithmeticError, KeyError, TypeError, ValueError) as error:
+        _LOG.warning("no plan editor for %s: its record cannot be read (%s)", step.name, error)
+        return None
+
+
+def _editor(step: StepRecord, report: Report, plan: Mapping[str, Any]) -> dict[str, Any]:
     scheme, rows = plan["scheme"], plan["layers"]
     shapes = list(dict.fromkeys(_Shape.of(row) for row in rows))
-    widths = PALETTE_BITS if scheme == "palettize" else INTEGER_BITS
+    widths = _WIDTHS[scheme]
     fixed = _fixed_layers(step, report)
     machines, tables = _machines(step, report, shapes, widths, fixed)
     return {
@@ -125,6 +139,7 @@ def _is_bit_plan(plan: Mapping[str, Any]) -> bool:
         and isinstance(rows, list)
         and len(rows) > 0
         and all(isinstance(row, Mapping) and all(key in row for key in needed) for row in rows)
+        and all(row["bits"] in _WIDTHS[plan["scheme"]] for row in rows)
     )
 
 

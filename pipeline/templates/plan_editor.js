@@ -159,7 +159,8 @@ class PlanEditor {
     const blocks = [...new Set(place.map(([block]) => block))].sort((a, b) => a - b);
     const parts = [...new Set(place.map(([, part]) => part))];
     map.style.gridTemplateColumns = `max-content repeat(${blocks.length}, minmax(0, 120px))`;
-    map.classList.toggle("fine", blocks.length > 16);
+    map.classList.toggle("fine", blocks.length > 12);
+    map.classList.toggle("finest", blocks.length > 40);
     this.cells = [];
     for (const part of parts) {
       const label = document.createElement("b");

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ from dwindle.pipeline.charts import (
     Limit,
     Point,
     Split,
+    bits_of_layers,
     front_of,
     memory_over_context,
     quality_against_size,
@@ -21,6 +23,9 @@ from dwindle.pipeline.charts import (
     training_curve,
 )
 from dwindle.pipeline.drawing import COLOURS, KINDS, Box, Drawing, Line, Text, css
+from dwindle.pipeline.plot_files import write_plots
+
+from .sample_report import planned_report
 
 EVIL = "</text><script>alert(1)</script>&\"'$x^2$"
 POINTS = [Point("teacher", 100_000_000, 1.0), Point(EVIL, 50_000_000, 1.5, 0, 0), Point("q", 60_000_000, 1.6, 1, 0)]
@@ -31,6 +36,9 @@ DRAWINGS = {
     "quality": lambda width: quality_against_size(POINTS, width),
     "split": lambda width: time_split(SPLITS, width),
     "memory": lambda width: memory_over_context(CURVES, LIMITS, width),
+    "bits": lambda width: bits_of_layers(
+        [(f"model.layers.{i}.mlp.up_proj", b) for i in range(32) for b in (2, 4)], width
+    ),
     "training": lambda width: training_curve([(0, 2.0), (10, 1.5), (20, 1.4)], width),
 }
 
@@ -120,7 +128,28 @@ def test_limits_close_together_are_told_apart() -> None:
     assert {re.sub(r"\s+", " ", t.text) for t in texts} == {"a phone 3.5 GB", "a board 3.6 GB", "a watch 1 GB"}
 
 
+def test_the_map_of_bits_shows_every_layer_at_its_place() -> None:
+    drawing = bits_of_layers([("m.layers.0.a.q_proj", 2), ("m.layers.1.a.q_proj", 4), ("m.layers.1.a.up_proj", 8)])
+    boxes = {s.title: s for s in drawing.shapes if isinstance(s, Box)}
+    first, second, third = (boxes[f"m.layers.{n}.a.{rest}"] for n, rest in ((0, "q_proj: 2 bits"), (1, "q_proj: 4 bits"),
+                                                                          (1, "up_proj: 8 bits")))  # fmt: skip
+    assert first.y == second.y < third.y
+    assert first.x < second.x == third.x
+    assert KINDS[first.kind].opacity < KINDS[second.kind].opacity < KINDS[third.kind].opacity <= 1
+
+
+def test_plots_of_a_variant_with_a_strange_name_stay_in_their_folder(tmp_path: Path) -> None:
+    report = planned_report()
+    report = replace(report, steps=(*report.steps[:-1], replace(report.steps[-1], variant="../../up")))
+    written, missing = write_plots(report, tmp_path / "plots")
+    assert missing is None
+    assert {path.parent for path in written} == {tmp_path / "plots"}
+    assert all(path.is_file() for path in written)
+    assert (tmp_path / "plots" / "bits-03-..-..-up.svg") in written
+
+
 def test_nothing_is_drawn_of_nothing() -> None:
+    assert not bits_of_layers([]).shapes
     assert not time_split([]).shapes
     assert not memory_over_context([], LIMITS).shapes
     assert not training_curve([(0, 1.0)]).shapes

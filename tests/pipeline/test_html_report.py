@@ -182,6 +182,17 @@ def test_a_report_of_an_older_version_opens() -> None:
     assert not page.open
 
 
+@pytest.mark.parametrize("spoilt", [{"shape": "?"}, {"bits": 5}, {"group_size": 0}, {"alternatives": [{}]}])
+def test_a_plan_that_cannot_be_read_leaves_a_table_without_an_editor(spoilt: dict[str, object]) -> None:
+    report = planned_report()
+    step = report.steps[-1]
+    plan = json.loads(json.dumps(step.details["plan"]))
+    plan["layers"][0] |= spoilt
+    html = render_html(Report(steps=(replace(step, details={**step.details, "plan": plan}),)))
+    assert "data-editor" not in html.split("<script>")[0]
+    assert "gate_proj" in Page(html).words
+
+
 def test_samples_stand_side_by_side() -> None:
     sample = Sample("Once upon", {"teacher": "a time there was", "quantize (onnx)": "a time there is"})
     words = Page(render_html(replace(sample_report(), samples=(sample,)))).words
