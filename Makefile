@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 T5     := .venv/transformers5
 PEERS  := .venv-peers .venv-peers-2
 
-.PHONY: setup demo test test-full test-transformers5 check bench clean
+.PHONY: setup demo test test-full test-transformers5 check bench crash fuzz soak mutants coverage lock clean
 
 setup: .venv/.ready
 
@@ -48,6 +48,33 @@ check: setup
 
 bench: setup $(PEERS:%=%/.ready)
 	$(BIN)/python -P benchmarks/run.py $(PEERS:%=--peers %/bin/python)
+
+# The long checks of docs/reliability.md; short versions of the first two are part of `make test`.
+KILLS ?= 200
+CASES ?= 1000000
+RUNS  ?= 200
+
+crash: setup
+	$(BIN)/python tests/reliability/crash.py --kills $(KILLS)
+
+fuzz: setup
+	$(BIN)/python tests/reliability/fuzz.py --cases $(CASES)
+	$(BIN)/python -c "import atheris" || $(PIP) atheris==3.0.0
+	$(BIN)/python tests/reliability/fuzz.py --cases 0 --atheris 20000
+
+soak: setup
+	$(BIN)/python tests/reliability/soak.py --runs $(RUNS)
+
+mutants: setup
+	$(BIN)/python tests/reliability/mutants.py
+
+coverage: setup
+	$(BIN)/python -c "import coverage" || $(PIP) coverage==7.17.3
+	$(BIN)/python -P -m coverage run --branch --source=dwindle -m pytest -q
+	$(BIN)/python -P tests/reliability/coverage_by_room.py
+
+lock: setup
+	$(BIN)/python requirements/licences.py > docs/licences.md
 
 .venv-peers/.ready: requirements/peers.txt
 .venv-peers-2/.ready: requirements/peers-2.txt

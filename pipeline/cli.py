@@ -137,6 +137,17 @@ def _room_is_gone(error: Exception) -> str | None:
     return None
 
 
+def _broken_package(error: Exception) -> str | None:
+    """Return what to say if the import of an installed package failed, else None."""
+    from dwindle.pipeline.imports import package_at_fault
+
+    package = package_at_fault(error)
+    if package is None:
+        return None
+    return (f"{package} is installed but cannot be imported ({type(error).__name__}: {error}). What needs it cannot "
+            "run here; everything else can. Install it again, and see: dwindle doctor")  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with the exit code of what happened."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -164,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        told = _room_is_gone(error)
+        told = _room_is_gone(error) or _broken_package(error)
         if debug or told is None:
             raise
         click.echo(f"Error: {_printable(told)}", err=True)

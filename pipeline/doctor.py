@@ -1,7 +1,8 @@
 """What is installed, which of it is known not to go together, and what can run on this machine.
 
-Nothing is imported to find out: versions come from the packages' metadata. The conflicts are a table, each row a
-case that was met: when `package` satisfies `when`, `other` must satisfy `needs`.
+Versions come from the packages' metadata, and whether an optional package can be imported is tried in a process of its
+own (`imports`): nothing is imported here. The conflicts are a table, each row a case that was met: when `package`
+satisfies `when`, `other` must satisfy `needs`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dwindle.pipeline.environment import package_versions
+from dwindle.pipeline.imports import OPTIONAL, broken_packages
 
 __all__ = ["CONFLICTS", "Ability", "Conflict", "Diagnosis", "conflicts_in", "examine", "installed_versions"]
 
@@ -81,11 +83,18 @@ class Diagnosis:
     conflicts: tuple[Conflict, ...]
     abilities: tuple[Ability, ...]
     missing: tuple[str, ...]
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Import name of an installed package -> why it cannot be imported."""
 
     @property
     def problems(self) -> tuple[str, ...]:
         """Return one line per conflict or missing requirement, each with its remedy."""
         lines = [f"{name} is not installed. Run: pip install {name}" for name in self.missing]
+        lines += [
+            f"{name} is installed but cannot be imported ({why}), so there is no {OPTIONAL.get(name, name)}. "
+            f"Run: pip install --force-reinstall {name.replace('_', '-')}"
+            for name, why in self.broken.items()
+        ]
         lines += [
             f"{c.package} {self.versions[c.package]} with {c.other} {self.versions[c.other]} "
             f"(needed {c.other} {c.needs}): {c.why}. Run: {c.remedy}"
@@ -135,12 +144,13 @@ def conflicts_in(versions: Mapping[str, str | None]) -> tuple[Conflict, ...]:
 
 
 def examine() -> Diagnosis:
-    """Return what is installed, in conflict and possible on this machine."""
+    """Return what is installed, broken, in conflict and possible on this machine."""
     versions = installed_versions()
     missing = tuple(name for name in _REQUIRED if versions[name] is None)
     return Diagnosis(
-        versions, _machine(), conflicts_in(versions), _abilities(versions, sys.platform == "darwin"), missing
-    )
+        versions, _machine(), conflicts_in(versions), _abilities(versions, sys.platform == "darwin"), missing,
+        broken_packages(),
+    )  # fmt: skip
 
 
 def _machine() -> dict[str, Any]:

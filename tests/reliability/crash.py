@@ -44,14 +44,14 @@ MICRO: dict[str, Any] = {
     "correct_teacher": {"tokens": 512, "batch_size": 4},
     "prune": {"ffn_keep": 0.5},
     "distill": {"losses": [{"name": "forward_kl"}], "tokens": 4096, "batch_size": 4, "checkpoint_every": 4},
-    "quantize": {"apple": {"scheme": "palettize"}, "onnx": {"scheme": "integer"}},
+    "quantize": {"scheme": "integer"},
     "recover": {"rank": 2, "steps": 3, "batch_size": 2, "checkpoint_every": 2},
     "adapt": {
         "tasks": [{"name": "animals", "data": ["animals.jsonl"], "label": "sound"}],
         "epochs": 1,
         "batch_size": 8,
     },
-    "export": {"formats": ["onnx"], "float_formats": ["onnx"], "prompts": 1},
+    "export": {"formats": ["onnx"], "prompts": 1},
     "validate": {"targets": ["iphone-15-pro"], "repeats": 1},
 }
 """The smallest options of every step a recipe can have. A new step needs a line here: `micro_steps` says so."""
@@ -60,7 +60,8 @@ VOLATILE = ("seconds", "peak_rss_bytes", "export_seconds", "parity_seconds", "to
 
 SOUNDS = {"cat": "meow", "dog": "woof"}
 SLOW_FORMATS = ["coreml"]
-"""Formats that take most of a run's time: only every fifth run has them."""
+VARIANTS = {"apple": {"scheme": "palettize"}, "onnx": {"scheme": "integer"}}
+"""Formats and variants that take most of a run's time: only every fifth run has them."""
 
 
 def micro_steps(folder: Path, *formats: str) -> list[dict[str, Any]]:
@@ -74,6 +75,8 @@ def micro_steps(folder: Path, *formats: str) -> list[dict[str, Any]]:
     for step in steps:
         for task in step.get("adapt", {}).get("tasks", ()):
             task["data"] = [str(folder / "animals.jsonl")]
+        if formats and "quantize" in step:
+            step["quantize"] = copy.deepcopy(VARIANTS)
         if "export" in step:
             step["export"]["formats"] = [*step["export"]["formats"], *formats]
     return steps
@@ -228,17 +231,18 @@ def _judge(kind: str, code: int, text: str) -> str | None:
     return None
 
 
-def crash(kills: int, seed: int, folder: Path, say: Any = print) -> _Story:
+def crash(kills: int, seed: int, folder: Path, say: Any = print, *, twice: bool = True, slow: bool = True) -> _Story:
     """Disturb runs until `kills` of them were ended; return the story. `folder` holds the files of `valid_files`."""
     rng, story = random.Random(seed), _Story()
-    plain, slow = _Reference(folder, "plain"), None
+    plain, whole = _Reference(folder, "plain"), None
     say(f"undisturbed: {plain.operations} file operations, {plain.seconds:.1f} s", flush=True)
-    story.faults += plain.second_time()
+    if twice:
+        story.faults += plain.second_time()
     while sum(story.ends.values()) < kills:
         story.runs += 1
-        if story.runs % 5 == 4 and slow is None:
-            slow = _Reference(folder, "slow", *SLOW_FORMATS)
-        reference = slow if story.runs % 5 == 4 and slow is not None else plain
+        if slow and story.runs % 5 == 4:
+            whole = whole or _Reference(folder, "slow", *SLOW_FORMATS)
+        reference = whole if whole is not None and story.runs % 5 == 4 else plain
         _one_run(folder / f"run{story.runs}", reference, rng, story)
         say(f"{sum(story.ends.values())} ends, {story.runs} finished runs, {len(story.faults)} faults", flush=True)
     return story
@@ -304,6 +308,7 @@ def _one_run(place: Path, reference: _Reference, rng: random.Random, story: _Sto
         if (fault := _judge(kind, code, text)) is not None:
             story.faults.append(f"{place.name}: {fault}:\n{text[-1500:]}")
         story.ends[kind] += 1
+        print(f"  {place.name}: {kind} at {at or 'a random time'}, exit code {code}", flush=True)
     else:
         story.faults.append(f"{place.name}: did not finish in 200 starts")
     if (place / "report.json").exists():
@@ -326,13 +331,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="without the second undisturbed run and Core ML")
     parser.add_argument("--files", type=Path, help="folder of the valid files (kept for the next time)")
     given = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="dwindle-crash-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
         shutil.copytree(valid_files.make(given.files or scratch / "made"), scratch / "files")
         preload()
-        story = crash(given.kills, given.seed, scratch / "files")
+        story = crash(given.kills, given.seed, scratch / "files", twice=not given.quick, slow=not given.quick)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"{sum(story.ends.values())} ends ({dict(story.ends)}) over {story.runs} runs, {len(story.faults)} faults")

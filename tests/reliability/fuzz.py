@@ -37,8 +37,8 @@ def case_of(target: Target, number: int) -> bytes:
 
 
 def share(chosen: list[Target], cases: int) -> dict[str, int]:
-    """Divide cases so that a target gets as many as the inverse of the root of its cost."""
-    weights = {target.name: target.cost**-0.75 for target in chosen}
+    """Divide cases so that a target gets as many as what it costs allows."""
+    weights = {target.name: target.cost**-1.2 for target in chosen}
     return {name: max(20, round(cases * weight / sum(weights.values()))) for name, weight in weights.items()}
 
 
@@ -105,8 +105,8 @@ def main() -> int:
     chosen = [target for name, target in known.items() if not given.target or name in given.target]
     total: Counter[str] = Counter()
     table: dict[str, dict[str, object]] = {}
-    for target in chosen:
-        cases, began = share(chosen, given.cases)[target.name], time.perf_counter()
+    for target in sorted(chosen, key=lambda one: one.cost):
+        cases, began = share(chosen, given.cases)[target.name] if given.cases else 0, time.perf_counter()
         counts, found = fuzz(target, cases, watch, given.first)
         seconds = time.perf_counter() - began
         total.update(counts)
