@@ -36,7 +36,7 @@ ALTERNATED = {
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
 CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters", "adapters-runtime", "gate", "report", "prune",
-         "distill-loss", "distill-step", "distill-quality")  # fmt: skip
+         "distill-loss", "distill-step", "distill-quality", "data-pays")  # fmt: skip
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -114,6 +114,9 @@ def main() -> None:
             subprocess.run([sys.executable, str(HERE / "distill_quality.py"), *results, "--peer", peers[0]], check=True)
         elif name == "report":
             subprocess.run([sys.executable, "-P", str(HERE / "report_page.py")], check=True)
+        elif name == "data-pays":
+            results = ["--results", str(RESULTS / "data_pays.json")]
+            subprocess.run([sys.executable, str(HERE / "data_pays.py"), *results], check=True)
         elif name == "gate":
             subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:

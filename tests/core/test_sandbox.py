@@ -37,10 +37,10 @@ def test_it_says_what_the_system_does_not_give(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_infinite_loop_ends_with_the_time() -> None:
     begun = time.monotonic()
-    result = run_python("print('on', flush=True)\nwhile True: pass", seconds=0.5)
+    result = run_python("print('on', flush=True)\nwhile True: pass", seconds=2)
     assert result.timed_out
     assert result.stdout == "on\n"
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 def test_a_loop_that_closed_its_output_ends_with_the_time() -> None:
