@@ -125,7 +125,8 @@ def _launched(
                 os.close(descriptor)
     out, err = (text.decode("utf-8", "replace") for text in outputs)
     if not told and not timed_out:
-        raise SandboxUnavailable(f"the sandbox could not be set up: {err.strip().splitlines()[-1:] or 'no message'}")
+        said = (err.strip().splitlines() or ["no message"])[-1]
+        raise SandboxUnavailable(f"the sandbox could not be set up ({said}).")
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     missing = tuple(json.loads(told)) if told else ()
     return SandboxResult(code, out, err.replace(f"{folder}/", ""), timed_out, truncated, missing)
