@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from dwindle.pipeline import figures
 from dwindle.pipeline.compare import Comparison, Row
 from dwindle.pipeline.markdown import code, details, escape_markdown, table
@@ -18,19 +20,21 @@ def change_text(worse: float | None) -> str:
     return "" if not worse else f"{abs(worse):.1%} {'worse' if worse > 0 else 'better'}"
 
 
-def comparison_text(found: Comparison) -> str:
-    """Return aligned text: what was asked for, then one block per thing compared."""
+def comparison_text(found: Comparison, *, everything: bool = False) -> str:
+    """Return aligned text: what was asked for, then what changed, or everything, one block per thing compared."""
+    if not found.rows and not found.differences:
+        return "The runs have nothing in common."
     lines: list[str] = []
     if found.differences:
-        lines += ["what differs"]
+        lines += ["asked for"]
         lines += [f"  {d.key:28} {' -> '.join(v or figures.UNKNOWN for v in d.values)}" for d in found.differences]
-    what = None
-    for row in found.rows:
-        if row.what != what:
-            lines += ["", row.what] if lines else [row.what]
-            what = row.what
-        lines.append(_line(row))
-    return "\n".join(lines) if lines else "The runs have nothing in common."
+    shown = [row for row in found.rows if everything or row.changed]
+    for what, rows in itertools.groupby(shown, key=lambda row: row.what):
+        lines += ["", what, *(_line(row) for row in rows)]
+    same = sum(not row.changed for row in found.rows)
+    if same and not everything:
+        lines += ["", f"{same} of {len(found.rows)} numbers are the same (--all shows them)."]
+    return "\n".join(lines).strip("\n")
 
 
 def _line(row: Row) -> str:

@@ -56,7 +56,7 @@ def _style() -> str:
         f":root{{{light}--depth:.62%;color-scheme:light}}\n"
         f"@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}--depth:.5%;color-scheme:dark}}}}\n"
         f":root[data-theme=dark]{{{dark}--depth:.5%;color-scheme:dark}}\n"
-        f"@media print{{:root,:root[data-theme]{{{light}--depth:.62%;color-scheme:light}}}}\n"
+        f"@media print{{:root:root:root{{{light}--depth:.62%;color-scheme:light}}}}\n"
     )
     return colours + (_TEMPLATES / "style.css").read_text(encoding="utf-8") + css()
 

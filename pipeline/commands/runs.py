@@ -115,11 +115,12 @@ def report(folder: str, html: bool, markdown: bool, plots: str | None, as_json: 
               "in 2%.")  # fmt: skip
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Judge this one, as in tokens_per_second; "
               "repeat.  [default: sizes, quality and every metric of a target]")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="Show what is the same in all, too.")
 @click.option("--markdown", is_flag=True, help="Markdown for a pull request: what changed, and what regressed.")
 @click.option("--html", type=click.Path(), metavar="FILE", help="Also write the comparison as a page.")
 @json_option
-def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple[str, ...], markdown: bool,
-            html: str | None, as_json: bool) -> int:  # fmt: skip
+def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple[str, ...], everything: bool,
+            markdown: bool, html: str | None, as_json: bool) -> int:  # fmt: skip
     """Set two or more runs side by side: what was asked for, and what came of it.
 
     With --max-regression, exit 1 if a run is worse than the first by more than that.
@@ -137,7 +138,8 @@ def compare(folders: tuple[str, ...], max_regression: str | None, metrics: tuple
 
         write_text(Path(html), comparison_page(result, runs))
         notify(f"written: {html}")
-    emit(result.to_json(), comparison_markdown(result) if markdown else comparison_text(result), as_json)
+    text = comparison_markdown(result) if markdown else comparison_text(result, everything=everything)
+    emit(result.to_json(), text, as_json)
     for line in result.failures:
         click.echo(f"FAILED {line}", err=True)
     return result.exit_code

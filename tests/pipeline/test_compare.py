@@ -110,6 +110,10 @@ def test_text_shows_both_sides() -> None:
     text = comparison_text(compare_reports(sample_report(speed=800), sample_report(speed=400)))
     assert "800 -> 400" in text
     assert "50.0% worse" in text
+    assert "nats_per_token" not in text
+    assert "numbers are the same (--all shows them)." in text
+    whole = comparison_text(compare_reports(sample_report(speed=800), sample_report(speed=400)), everything=True)
+    assert whole.count("nats_per_token") == 2 * 5
     assert comparison_text(compare_reports(Report(), Report())) == "The runs have nothing in common."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,19 @@ def test_light_and_dark(show: Callable[..., Tab]) -> None:
     light.click("button.theme")
     assert light.js(ground) == colours[1]
     assert light.js("document.querySelector('button.theme').textContent") == "Dark"
+
+
+def test_paper_is_light_and_wide_enough(show: Callable[..., Tab]) -> None:
+    tab = show(sample_report(), 800, dark=True)
+    tab.call("Emulation.setEmulatedMedia", media="print",
+             features=[{"name": "prefers-color-scheme", "value": "dark"}])  # fmt: skip
+    assert luminous(tab.js("getComputedStyle(document.body).backgroundColor"))
+    assert tab.js("document.documentElement.scrollWidth") == 800
+    assert tab.js("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+
+def luminous(colour: str) -> bool:
+    return min(int(part) for part in re.findall(r"\d+", colour)[:3]) > 230
 
 
 @pytest.mark.parametrize("make", [sample_report, planned_report])
