@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 T5     := .venv/transformers5
-PEERS  := .venv-peers .venv-peers-2
+PEERS  := .venv-peers .venv-peers-2 .venv-peers-3
 
 .PHONY: setup demo test test-full test-transformers5 check bench crash fuzz soak mutants coverage lock clean
 
@@ -78,6 +78,7 @@ lock: setup
 
 .venv-peers/.ready: requirements/peers.txt
 .venv-peers-2/.ready: requirements/peers-2.txt
+.venv-peers-3/.ready: requirements/peers-3.txt
 $(PEERS:%=%/.ready):
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
