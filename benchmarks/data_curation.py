@@ -231,7 +231,7 @@ def main() -> None:
                 place = Path(folder) / "documents.jsonl"
                 place.write_text("\n".join(json.dumps({"kind": k, "text": t}) for k, t in speed_documents()))
                 command = [options.peer, "-P", str(Path(__file__).parent / "peers" / "data_stages.py"), str(place)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found["peers"] = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"{'stage':18} {'dwindle MB/s':>12}  peers MB/s")
         for name, rate in found["speed"].items():

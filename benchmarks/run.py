@@ -11,7 +11,8 @@ on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime
 `gate` exports the real models to every format and executes them (`gate.py`), `prune` fills the pruning tables
 (`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
 measure a loss alone, a training step and the students of each loss (`distill_loss.py`, `distill_step.py`,
-`distill_quality.py`), `report` opens the report of a 32-layer model in a browser (`report_page.py`).
+`distill_quality.py`), `report` opens the report of a 32-layer model in a browser (`report_page.py`),
+`data` plants copies, evaluation n-grams and personal data, and times curation (`data_curation.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ALTERNATED = {
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
 CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters", "adapters-runtime", "gate", "report", "prune",
-         "distill-loss", "distill-step", "distill-quality", "data-pays")  # fmt: skip
+         "distill-loss", "distill-step", "distill-quality", "data", "data-pays")  # fmt: skip
 
 
 def once(python: str, script: str, who: str, arguments: list[str]) -> dict[str, float]:
@@ -117,6 +118,9 @@ def main() -> None:
         elif name == "data-pays":
             results = ["--results", str(RESULTS / "data_pays.json")]
             subprocess.run([sys.executable, str(HERE / "data_pays.py"), *results], check=True)
+        elif name == "data":
+            given = ["--peer", peers[2]] if len(peers) > 2 else []
+            subprocess.run([sys.executable, str(HERE / "data_curation.py"), *given], check=True)
         elif name == "gate":
             subprocess.run([sys.executable, str(HERE / "gate.py"), "--results", str(RESULTS / "gate.json")], check=True)
         else:

@@ -4,7 +4,7 @@ The folder appears when all of it is whole; on any error nothing is left of it. 
 same bytes, whatever the number of workers.
 
 Memory, beside the interpreter's 100 MB or so: batches of half a megabyte (2 * workers + 1 of them, and the longest
-document), and what the stages state: 120 bytes a document for exact duplicates, 550 for near-duplicates (once in the
+document), and what the stages state: 120 bytes a document for exact duplicates, 600 for near-duplicates (once in the
 stage and once, after it, for the splits), 16 a word of evaluation and held-out text. Disk: three times the text.
 """
 

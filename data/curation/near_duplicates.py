@@ -2,12 +2,13 @@
 stays (see `clusters` for what a cluster is).
 
 Memory: 4 bytes for each of the H values of a signature, 24 for offset and word count, about 72 in finding the clusters
-(sort keys of one band at a time, the clusters' links): 550 bytes a document for H = 112, 0.55 GB for a million, beside
-a constant part. Disk: the documents once (see `spool`).
+(sort keys of one band at a time, the clusters' links): 600 bytes a document for H = 112, 0.6 GB for a million, beside
+a constant part. Disk: the documents once (see `spool`), and the signatures.
 """
 
 from __future__ import annotations
 
+import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,23 +64,25 @@ class NearDuplicates:
 
 def clustered(documents: Iterator[Document], options: NearDuplicateOptions, run: StageRun, spool: Spool) -> Clusters:
     """Return the clusters of documents, which are put aside in the order they come in."""
-    signed: list[NDArray[np.uint32]] = []
-    counts: list[NDArray[np.int64]] = []
-    sign = partial(_signed, options=options)
-    for batch, values, words in run.ordered(sign, batches(documents)):
-        for document in batch:
-            spool.add(document)
-        signed.append(values)
-        counts.append(words)
+    counts = array.array("q")
+    place = spool.path.with_suffix(".signatures")
+    with place.open("wb") as handle:
+        for batch, values, words in run.ordered(partial(_signed, options=options), batches(documents)):
+            for document in batch:
+                spool.add(document)
+            handle.write(values.tobytes())
+            counts.extend(words.tolist())
     spool.end()
-    if not signed:
+    signed = np.fromfile(place, np.uint32).reshape(len(counts), options.hashes)
+    place.unlink()
+    if not len(signed):
         return Clusters(np.zeros(0, np.int64), 0, 0)
 
     def compare(parts: Any) -> Iterator[list[float]]:
         offsets = ([(spool.offsets[a], spool.offsets[b]) for a, b in part] for part in parts)
         return run.ordered(partial(_compared, spool.path), offsets)
 
-    return near_duplicate_clusters(np.concatenate(signed), np.concatenate(counts), options, compare)
+    return near_duplicate_clusters(signed, np.array(counts), options, compare)
 
 
 def _signed(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import difflib
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +149,28 @@ def test_the_share_of_words_agrees_with_another_measure() -> None:
     other = edited(one, 0.1, 6)
     blocks = difflib.SequenceMatcher(None, one.split(), other.split(), autojunk=False).get_matching_blocks()
     assert edited_share(one, other) == pytest.approx(sum(b.size for b in blocks) / 200, abs=0.02)
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_stage_states(tmp_path: Path) -> None:
+    """600 bytes a document; measured between 5,000 and 55,000 short documents, in fresh processes."""
+    code = (
+        "import random, resource, sys\nfrom pathlib import Path\n"
+        "from dwindle.data.curation.near_duplicates import NearDuplicates\n"
+        "from dwindle.data.curation.stage import run_chain\nfrom dwindle.data.document import Document\n"
+        "def documents(n):\n"
+        "    for i in range(n):\n"
+        "        dice = random.Random(i)\n"
+        "        yield Document(' '.join(str(dice.randrange(10**6)) for _ in range(8)), 's', id=str(i))\n"
+        "out, _ = run_chain([NearDuplicates()], documents(int(sys.argv[1])), folder=Path(sys.argv[2]))\n"
+        "print(sum(1 for _ in out), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    peaks = []
+    for number in (5_000, 55_000):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, str(number), str(tmp_path)], check=True, capture_output=True, text=True
+        )
+        kept, peak = map(int, done.stdout.split())
+        assert kept == number
+        peaks.append(peak)
+    assert (peaks[1] - peaks[0]) / 50_000 < 650
