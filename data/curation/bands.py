@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["adjacent_pairs", "banded_pairs"]
+__all__ = ["adjacent_pairs", "banded_pairs", "joined_pairs"]
 
 _NEIGHBOURS = 6
 """How many of the texts before it in a band each one is paired with."""
@@ -33,6 +33,11 @@ def adjacent_pairs(signed: NDArray[np.uint32]) -> NDArray[np.int64]:
     """Return the pairs [P, 2], smaller number first, that agree in two values that stand side by side."""
     columns = signed.shape[1]
     return _distinct(_meet(signed[:, [column, (column + 1) % columns]]) for column in range(columns))
+
+
+def joined_pairs(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the pairs [P, 2] of both, each once."""
+    return _distinct((pairs[:, 0] << 32) | pairs[:, 1] for pairs in (one, other))
 
 
 def _meet(values: NDArray[np.uint32]) -> NDArray[np.int64]:

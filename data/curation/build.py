@@ -5,7 +5,8 @@ same bytes, whatever the number of workers.
 
 Memory, beside the interpreter's 100 MB or so: batches of half a megabyte (2 * workers + 1 of them, and the longest
 document), and what the stages state: 120 bytes a document for exact duplicates, 600 for near-duplicates (once in the
-stage and once, after it, for the splits), 16 a word of evaluation and held-out text. Disk: three times the text.
+stage and once, after it, for the splits), 16 a word of evaluation sets, 45 a word of held-out text. Disk: three times
+the text.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dwindle.data.curation.bands import adjacent_pairs, banded_pairs
+from dwindle.data.curation.bands import adjacent_pairs, banded_pairs, joined_pairs
 from dwindle.data.curation.minhash import agreement
 from dwindle.data.curation.word_order import common_share
 from dwindle.data.curation.words import hashed_words
@@ -111,7 +111,7 @@ def near_duplicate_clusters(
 
     pairs = banded_pairs(signed, options.bands, options.rows)
     if options.edited is not None:
-        pairs = np.unique(np.concatenate((pairs, adjacent_pairs(signed))), axis=0)
+        pairs = joined_pairs(pairs, adjacent_pairs(signed))
     pairs = pairs[(counts[pairs] > 0).all(1)]
     shares = agreement(signed, pairs)
     for pair in pairs[shares >= options.similarity].tolist():

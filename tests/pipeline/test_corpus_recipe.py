@@ -126,6 +126,9 @@ def test_build_and_show(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out) == card
     assert run("data", "show", str(tmp_path / "C")) == 0
     assert "near_duplicates" in capsys.readouterr().out
+    (tmp_path / "C" / "card.json").write_text("{")
+    assert run("data", "show", str(tmp_path / "C")) == 2
+    assert "card.json: the card cannot be read" in capsys.readouterr().err
     assert run("data", "show", str(tmp_path)) == 2
     assert "no corpus" in capsys.readouterr().err
     assert (
