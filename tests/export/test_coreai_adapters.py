@@ -65,6 +65,16 @@ def test_one_asset_serves_adapters_of_every_rank(dynamic: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_board_measures_the_base_of_such_an_asset(dynamic: Any) -> None:
+    from dwindle.devices.board_runner import CoreAIDecoder
+
+    bundle, place, _ = dynamic
+    decoder = CoreAIDecoder(place / "out" / "coreai", None, 64)
+    assert decoder.step(IDS[0].tolist()) == int(peft_logits(bundle, None)[-1].argmax())
+    assert decoder.step([7]) in range(bundle.anatomy.vocab)
+
+
+@pytest.mark.slow
 def test_the_packages_hold_the_inputs(dynamic: Any) -> None:
     bundle, place, _ = dynamic
     folder = place / "out" / "coreai"
