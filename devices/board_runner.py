@@ -182,25 +182,12 @@ class CoreAIDecoder:
         self._prefill = int(described["dwindle.prefill_tokens"])
         self._shape = json.loads(described["dwindle.state_shape"])
         self._dtype = np.dtype(described["dwindle.compute"])
-        try:
-            adapters = json.loads(described["dwindle.adapters"])
-        except KeyError:  # an asset of an earlier version
-            adapters = {}
-        self._unchanged = self._base_inputs(adapters)
         self.context = min(context, int(described["dwindle.context_length"]))
         self.version = f"coreai-core {_version_of('coreai-core')}"
+        self._base = {name: NDArray(np.full(shape, value, self._dtype))
+                      for name, shape, value in json.loads(described["dwindle.base_inputs"])}  # fmt: skip
         self._functions = self._loop.run_until_complete(self._loaded(asset))
         self.reset()
-
-    def _base_inputs(self, adapters: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs for adapters of an asset that has them, filled so that the base is computed."""
-        inputs, rank = {}, adapters.get("rank") or 2
-        for name, (rows, columns) in adapters.get("shapes", {}).items():
-            inputs[f"{name}.lora_a"] = self._np.zeros((rank, columns), self._dtype)
-            inputs[f"{name}.lora_b"] = self._np.zeros((rows, rank), self._dtype)
-            if adapters["inputs"] == "dora":
-                inputs[f"{name}.row_scale"] = self._np.ones(rows, self._dtype)
-        return {name: self._array(array) for name, array in inputs.items()}
 
     @staticmethod
     async def _loaded(asset: Any) -> dict[str, Any]:
@@ -233,7 +220,7 @@ class CoreAIDecoder:
             padded = 1 if len(ids) == 1 else self._prefill
             fed = self._np.pad(fed, ((0, 0), (0, padded - len(ids))))
             positions = self._np.arange(self.length, self.length + padded, dtype=self._np.int32)
-        inputs = {"input_ids": self._array(fed), "position_ids": self._array(positions[None]), **self._unchanged}
+        inputs = {"input_ids": self._array(fed), "position_ids": self._array(positions[None]), **self._base}
         found = self._loop.run_until_complete(self._functions[name](inputs, state=self._state))
         self.length = end
         return int(found["logits"].numpy()[0, len(ids) - 1].argmax())

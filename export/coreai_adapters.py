@@ -79,6 +79,12 @@ class AdapterInputs:
         """Return a bound value."""
         return self._bound.get(f"{name}.{leaf}")
 
+    def of_base(self) -> list[tuple[str, list[int], int]]:
+        """Return (name, shape, value that fills it) of the inputs with which the base is computed."""
+        rank = self.rank or LEAST_RANK
+        return [(f"{name}.{leaf}", list(_shape(leaf, shape, rank)), int(leaf == "row_scale"))
+                for name, shape in self.shapes.items() for leaf in self._leaves]  # fmt: skip
+
     def facts(self) -> dict[str, Any]:
         """Return what a manifest says of the inputs; `input_arrays` reads it."""
         return {"inputs": self.kind, "rank": self.rank, "compute": str(self.dtype).removeprefix("torch."),

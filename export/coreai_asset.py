@@ -236,6 +236,7 @@ def _metadata(bundle: ModelBundle, options: ExportOptions, decoder: PlacedDecode
             [bundle.anatomy.layers, 1, bundle.anatomy.kv_heads, context, bundle.anatomy.head_dim]
         ),
         "dwindle.minimum_os": MINIMUM_OS,
+        "dwindle.base_inputs": json.dumps(decoder.adapters.of_base()),
         "dwindle.adapters": json.dumps(decoder.adapters.facts() if decoder.adapters.names else {}),
     }
 

@@ -142,4 +142,8 @@ def test_arrays_share_one_rank_and_change_nothing_elsewhere() -> None:
     assert found["q.lora_b"].tolist() == [[2.0, 0.0]] * 3
     assert found["q.row_scale"].tolist() == [1.0, 2.0, 3.0]
     assert found["k.row_scale"].tolist() == [1.0, 1.0]
-    assert all(not array.any() for name, array in base_arrays(facts).items() if "lora" in name)
+    unchanged = base_arrays(facts)
+    assert all(not array.any() for name, array in unchanged.items() if "lora" in name)
+    told = {name: torch.full(shape, float(value)) for name, shape, value in inputs.of_base()}
+    assert told.keys() == unchanged.keys()
+    assert all(torch.equal(told[name], array) for name, array in unchanged.items())
