@@ -6,6 +6,7 @@ are equal, or if the right answer is not among its choices. All are told at once
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,9 @@ def _require_columns(options: TaskOptions, rows: Sequence[Row]) -> None:
     named = {name: getattr(options, name) for name in fields}
     if options.form == "completion":
         named["completion"] = options.target
+    broken = [f"{row.place}: {row.problem}" for row in rows if row.problem]
+    if len(broken) == len(rows):
+        raise DataError(f"task {options.name!r}: none of {len(rows):,} rows can be read: {offenders(broken, _SHOWN)}.")
     missing = [
         f"{field_}: no column {column!r}{did_you_mean(column, present)}"
         for field_, text in named.items()
@@ -131,7 +135,6 @@ def _require_columns(options: TaskOptions, rows: Sequence[Row]) -> None:
         if column not in present
     ]
     if missing:
-        broken = [f"{row.place}: {row.problem}" for row in rows if row.problem]
         told = f" {len(broken):,} rows cannot be read: {offenders(broken, _SHOWN)}." if broken else ""
         raise DataError(
             f"task {options.name!r}: the schema does not match the data: {'; '.join(missing)}. The columns are "
@@ -150,16 +153,19 @@ def _records(options: TaskOptions, rows: Sequence[Row], labels: tuple[str, ...],
     for row in rows:
         made, problem = _record(options, row, labels)
         if problem is not None:
-            bad.add(problem, row.place)
+            kind, _, detail = problem.partition("\0")
+            bad.add(kind, f"{row.place} ({detail})" if detail else row.place)
         else:
             found += made
     return found
 
 
 def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[list[Record], str | None]:
-    """Return the records of a row (two where it has a trace), or what is wrong with it."""
+    """Return the records of a row (two where it has a trace), or what is wrong with it: its kind, \\0, its details."""
     if row.problem is not None:
         return [], row.problem
+    if (odd := _not_text(options, row.values)) is not None:
+        return [], odd
     prompt, target = _text(options.prompt, row.values), _text(options.target, row.values)
     if not prompt.strip():
         return [], "empty prompt"
@@ -168,7 +174,7 @@ def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[li
     if options.form == "label":
         target = target.strip()
         return ([Record(prompt, target, row.place)], None) if target in labels else (
-            [], f"a label outside the label set ({target}{did_you_mean(target, labels[:40])})")  # fmt: skip
+            [], f"a label outside the label set\0{target}{_near(target, labels)}")  # fmt: skip
     if options.form == "preference":
         rejected = _text(str(options.rejected), row.values)
         if not rejected.strip():
@@ -205,6 +211,20 @@ def _passing(spec: str, records: list[Record], rows: Sequence[Row]) -> tuple[lis
 def _choices(options: TaskOptions, values: Mapping[str, Any]) -> tuple[str, ...]:
     given = values.get(options.choices) if options.choices is not None else None
     return tuple(str(choice).strip() for choice in given) if isinstance(given, list | tuple) else ()
+
+
+def _near(label: str, labels: Sequence[str]) -> str:
+    near = difflib.get_close_matches(label, labels, n=1)
+    return f", nearest: {near[0]}" if near else ""
+
+
+def _not_text(options: TaskOptions, values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a row in whose columns something else than texts and numbers stands."""
+    texts = (options.prompt, options.target, options.rejected, options.traces, options.trace_prompt)
+    for column in dict.fromkeys(name for text in texts if text is not None for name in columns_of(text)):
+        if isinstance(values.get(column), list | tuple | Mapping):
+            return f"a {type(values[column]).__name__} in column {column!r}, where text is needed"
+    return None
 
 
 def _text(template: str, values: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ def test_a_checker_leaves_out_traces_that_do_not_arrive(tmp_path: Path) -> None:
 
 def test_every_bad_record_is_told_by_kind(tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "", "completion": "x"}, {"prompt": "a", "completion": " "}, {"prompt": "b"}, "no json {",
-            [1, 2]]  # fmt: skip
+            [1, 2], {"prompt": "c", "completion": {"text": "d"}}]  # fmt: skip
     place = jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as error:
         read_task(TaskOptions("sum", (place,)))
@@ -104,16 +104,17 @@ def test_every_bad_record_is_told_by_kind(tmp_path: Path) -> None:
     assert "no JSON" in told
     assert "a.jsonl:24" in told
     assert "a list of 2 values" in told
+    assert "1 with a dict in column 'completion', where text is needed: a.jsonl:26" in told
     kept = read_task(TaskOptions("sum", (place,), bad_records="drop"))
     assert len(kept.train) + len(kept.held_out) == 20
-    assert len(kept.skipped) == 4
+    assert len(kept.skipped) == 5
 
 
 def test_labels_outside_the_set_are_told_with_the_nearest(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "mood": "glad" if n % 2 else "sad"} for n in range(10)] + [{"text": "x", "mood": "gladd"}]
     place = jsonl(tmp_path / "a.jsonl", rows)
     options = TaskOptions("mood", (place,), prompt="text", label="mood", labels=("glad", "sad"))
-    with pytest.raises(DataError, match=r"1 with a label outside the label set \(gladd \(did you mean 'glad'\?\)\)"):
+    with pytest.raises(DataError, match=r"1 with a label outside the label set: a\.jsonl:11 \(gladd, nearest: glad\)"):
         read_task(options)
 
 
@@ -153,6 +154,7 @@ def test_a_schema_that_does_not_match_names_the_columns(tmp_path: Path, changes:
     ("a.json", "[", "no JSON"),
     ("a.xml", "<a/>", r"read from \.jsonl, \.json, \.csv and \.parquet, not from \.xml"),
     ("a.jsonl", "\n", "no rows"),
+    ("a.jsonl", "[1, 2]\n3\n", r"none of 2 rows can be read: a\.jsonl:1: a list of 2 values \(name them with columns\)"),
     ("a.jsonl", '{"prompt": "p", "completion": "c"}', "0 records to train on|both are needed"),
     ("a.parquet", "x", "no readable parquet"),
 ])  # fmt: skip
