@@ -12,16 +12,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dwindle.pipeline.chart_axes import TOP, Frame, draw_axes, draw_grid, nice_ticks, padded, round_ticks, spaced
 from dwindle.pipeline.drawing import SERIES, Area, Box, Dot, Drawing, Line, Text
 from dwindle.pipeline.figures import count, number, seconds, size
+from dwindle.pipeline.label_places import label_places
 
-__all__ = ["Curve", "Limit", "Point", "Split", "bits_of_layers", "front_of", "memory_over_context", "nice_ticks",
+__all__ = ["Curve", "Limit", "Point", "Split", "bits_of_layers", "front_of", "memory_over_context",
            "quality_against_size", "time_split", "training_curve"]  # fmt: skip
 
 _Place = tuple[float, float]
-_RIGHT, _TOP, _BOTTOM = 24, 20, 52
-_LABEL_HEIGHT = 17
-_LETTER_WIDTH = 6.6
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,12 @@ class Point:
     made_from: int | None = None
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """Where the axes stand."""
-
-    width: float
-    height: float
-    left: float = 64
-
-    @property
-    def right(self) -> float:
-        return self.width - _RIGHT
-
-    @property
-    def bottom(self) -> float:
-        return self.height - _BOTTOM
-
-
 def quality_against_size(points: Sequence[Point], width: float = 760) -> Drawing:
     """Return the chart: bytes (log) to the right, nats/token upwards, an arrow from each model to what it became.
 
     Models that no other beats in both are ringed and joined: the Pareto front.
     """
-    frame = _Frame(width, min(400.0, max(320.0, width * 0.52)))
+    frame = Frame(width, min(400.0, max(320.0, width * 0.52)))
     drawing = Drawing(frame.width, frame.height, "Quality against size: nats per token over stored bytes")
     if not points:
         return drawing
@@ -65,17 +47,17 @@ def quality_against_size(points: Sequence[Point], width: float = 760) -> Drawing
     low, high = math.log10(min(sizes)), math.log10(max(sizes))
     margin = max(0.12 * (high - low), 0.08)
     low, high = low - margin, high + margin
-    bottom, top = _padded(min(losses), max(losses))
+    bottom, top = padded(min(losses), max(losses))
 
     def across(value: float) -> float:
         return frame.left + (math.log10(value) - low) / (high - low) * (frame.right - frame.left)
 
     def up(value: float) -> float:
-        return frame.bottom - (value - bottom) / (top - bottom) * (frame.bottom - _TOP)
+        return frame.bottom - (value - bottom) / (top - bottom) * (frame.bottom - TOP)
 
-    _grid(drawing, frame, [(up(v), number(v)) for v in nice_ticks(bottom, top)],
-          _spaced([(across(v), size(v)) for v in _round_ticks(10**low, 10**high)], 52))  # fmt: skip
-    _axes(drawing, frame, "stored bytes, smaller to the left (log)", "nats/token, lower is better")
+    draw_grid(drawing, frame, [(up(v), number(v)) for v in nice_ticks(bottom, top)],
+          spaced([(across(v), size(v)) for v in round_ticks(10**low, 10**high)], 52))  # fmt: skip
+    draw_axes(drawing, frame, "stored bytes, smaller to the left (log)", "nats/token, lower is better")
     places = [(across(p.bytes), up(p.nats_per_token)) for p in points]
     front = front_of(points)
     steps: list[_Place] = []
@@ -88,7 +70,7 @@ def quality_against_size(points: Sequence[Point], width: float = 760) -> Drawing
     lines = [(places[p.made_from], q) for p, q in zip(points, places, strict=True) if p.made_from is not None]
     drawing.add(*(arrow for start, end in lines if (arrow := _arrow(start, end))))
     walls = [*lines, *itertools.pairwise(steps)]
-    labels = _label_places(points, places, walls, frame)
+    labels = label_places([point.label for point in points], places, walls, frame)
     for index, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
         told = f"{point.label}: {size(point.bytes)}, {number(point.nats_per_token)} nats/token"
         if index in front:
@@ -182,7 +164,7 @@ class Limit:
 
 def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width: float = 760) -> Drawing:
     """Return peak memory over context length, both log, with the range of each and a line at each device's limit."""
-    frame = _Frame(width, min(420.0, max(330.0, width * 0.54)), 74)
+    frame = Frame(width, min(420.0, max(330.0, width * 0.54)), 74)
     drawing = Drawing(frame.width, frame.height, "Peak memory over context length, against what an app may use")
     lengths = [p[0] for curve in curves for p in curve.points]
     if not lengths:
@@ -196,12 +178,12 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
         return frame.left + (math.log10(tokens) - start) / (end - start) * (frame.right - frame.left)
 
     def up(value: float) -> float:
-        return frame.bottom - (math.log10(value) - low) / (high - low) * (frame.bottom - _TOP)
+        return frame.bottom - (math.log10(value) - low) / (high - low) * (frame.bottom - TOP)
 
     tokens = sorted(set(lengths))
-    _grid(drawing, frame, _spaced([(up(v), size(v)) for v in _round_ticks(10**low, 10**high)][::-1], 18),
-          _spaced([(across(t), count(t)) for t in tokens], 44))  # fmt: skip
-    _axes(drawing, frame, "tokens of context (log)", "peak memory (log)")
+    draw_grid(drawing, frame, spaced([(up(v), size(v)) for v in round_ticks(10**low, 10**high)][::-1], 18),
+          spaced([(across(t), count(t)) for t in tokens], 44))  # fmt: skip
+    draw_axes(drawing, frame, "tokens of context (log)", "peak memory (log)")
     free = frame.bottom
     for limit in sorted(limits, key=lambda one: one.bytes):
         y = up(limit.bytes)
@@ -233,20 +215,20 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
 
 def training_curve(points: Sequence[tuple[float, float]], width: float = 760) -> Drawing:
     """Return a training's loss over its steps."""
-    frame = _Frame(width, 220)
+    frame = Frame(width, 220)
     drawing = Drawing(frame.width, frame.height, "Loss over steps of training")
     if len(points) < 2:
         return drawing
-    bottom, top = _padded(min(y for _, y in points), max(y for _, y in points))
+    bottom, top = padded(min(y for _, y in points), max(y for _, y in points))
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def place(step: float, loss: float) -> _Place:
         x = frame.left + (step - first) / (last - first) * (frame.right - frame.left)
-        return x, frame.bottom - (loss - bottom) / (top - bottom) * (frame.bottom - _TOP)
+        return x, frame.bottom - (loss - bottom) / (top - bottom) * (frame.bottom - TOP)
 
-    _grid(drawing, frame, [(place(first, v)[1], number(v)) for v in nice_ticks(bottom, top, 4)],
-          _spaced([(place(v, bottom)[0], count(int(v))) for v in nice_ticks(first, last, 6)], 48))  # fmt: skip
-    _axes(drawing, frame, "steps", "loss")
+    draw_grid(drawing, frame, [(place(first, v)[1], number(v)) for v in nice_ticks(bottom, top, 4)],
+          spaced([(place(v, bottom)[0], count(int(v))) for v in nice_ticks(first, last, 6)], 48))  # fmt: skip
+    draw_axes(drawing, frame, "steps", "loss")
     drawing.add(Line([place(*point) for point in points], "curve s1", title="loss"))
     return drawing
 
@@ -271,62 +253,10 @@ def bits_of_layers(layers: Sequence[tuple[str, int]], width: float = 760) -> Dra
         drawing.add(Box(x, y, wide - 2, row - 2, f"bits w{min(bits, 16)}", f"{name}: {bits} bits", 3))
         if wide >= 16:
             drawing.add(Text(x + wide / 2 - 1, y + 15, str(bits), "cell", "middle"))
-    drawing.add(*(Text(x, top + row * len(parts) + 14, text, "tick", "middle") for x, text in _spaced(
+    drawing.add(*(Text(x, top + row * len(parts) + 14, text, "tick", "middle") for x, text in spaced(
         [(left + wide * (i + 0.5) - 1, str(block)) for i, block in enumerate(blocks)], 28)))  # fmt: skip
     drawing.add(Text(left, top + row * len(parts) + 30, "block", "axis"))
     return drawing
-
-
-def _grid(
-    drawing: Drawing, frame: _Frame, rows: Sequence[tuple[float, str]], columns: Sequence[tuple[float, str]]
-) -> None:
-    for y, text in rows:
-        drawing.add(Line([(frame.left, y), (frame.right, y)], "grid"), Text(frame.left - 8, y + 4, text, "tick", "end"))
-    for x, text in columns:
-        drawing.add(Line([(x, _TOP), (x, frame.bottom)], "grid"), Text(x, frame.bottom + 18, text, "tick", "middle"))
-
-
-def _axes(drawing: Drawing, frame: _Frame, across: str, up: str) -> None:
-    drawing.add(
-        Text((frame.left + frame.right) / 2, frame.height - 10, across, "axis", "middle"),
-        Text(15, (_TOP + frame.bottom) / 2, up, "axis", "middle", turned=True),
-    )
-
-
-def _spaced(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    """Return the ticks without those that stand too near to the one before."""
-    kept: list[tuple[float, str]] = []
-    for place, text in ticks:
-        if not kept or abs(place - kept[-1][0]) >= gap:
-            kept.append((place, text))
-    return kept
-
-
-def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return about `wanted` round values within [low, high].
-
-    >>> nice_ticks(1.13, 1.92)
-    [1.2, 1.4, 1.6, 1.8]
-    """
-    raw = (high - low) / wanted
-    scale = 10 ** math.floor(math.log10(raw))
-    step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2, 5 x 10^n within the range; only 1 x 10^n when there would be many, even steps when few."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    fine = [m * 10.0**n for n in powers for m in (1, 2, 5) if low <= m * 10.0**n <= high]
-    if len(fine) < 3:
-        return nice_ticks(low, high)
-    return fine if len(fine) <= 9 else [v for v in fine if math.isclose(math.log10(v) % 1, 0, abs_tol=1e-9)]
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    room = max(0.15 * (high - low), 0.01 * abs(high), 1e-6)
-    return low - room, high + room
 
 
 def _arrow(start: _Place, end: _Place) -> Line | None:
@@ -337,38 +267,3 @@ def _arrow(start: _Place, end: _Place) -> Line | None:
         return None
     ux, uy = dx / length, dy / length
     return Line([(start[0] + 9 * ux, start[1] + 9 * uy), (end[0] - 11 * ux, end[1] - 11 * uy)], "path", arrow=True)
-
-
-def _label_places(
-    points: Sequence[Point], places: Sequence[_Place], lines: Sequence[tuple[_Place, _Place]], frame: _Frame
-) -> list[tuple[float, float, str]]:
-    """Return a place for each label beside its point that covers no label, no point and no arrow."""
-    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in places]
-    for (x0, y0), (x1, y1) in lines:
-        stops = max(2, int(math.hypot(x1 - x0, y1 - y0) / 6))
-        for i in range(stops + 1):
-            x, y = x0 + (x1 - x0) * i / stops, y0 + (y1 - y0) * i / stops
-            taken.append((x - 1, y - 1, x + 1, y + 1))
-    found: list[tuple[float, float, str]] = []
-    for point, (x, y) in zip(points, places, strict=True):
-        width = _LETTER_WIDTH * len(point.label)
-        best = (x + 13, y + 4.5, "start") if x + 13 + width <= frame.width - 4 else (x - 13, y + 4.5, "end")
-        for shift, anchor in itertools.product(_shifts(), ("start", "end", "middle")):
-            left = {"start": x + 13, "end": x - 13 - width, "middle": x - width / 2}[anchor]
-            base = y + 4.5 + shift
-            box = (left, base - 12, left + width, base + 4)
-            inside = box[0] >= frame.left and box[2] <= frame.width - 4 and box[1] >= 2 and box[3] <= frame.bottom
-            if inside and not any(_overlap(box, other) for other in taken):
-                best = ({"start": x + 13, "end": x - 13, "middle": x}[anchor], base, anchor)
-                taken.append(box)
-                break
-        found.append(best)
-    return found
-
-
-def _shifts() -> list[float]:
-    return [0.0] + [sign * n * _LABEL_HEIGHT for n in range(1, 6) for sign in (-1, 1)]
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

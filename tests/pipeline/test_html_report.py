@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dwindle.pipeline.charts import Point, nice_ticks, quality_against_size
+from dwindle.pipeline.chart_axes import nice_ticks
+from dwindle.pipeline.charts import Point, quality_against_size
 from dwindle.pipeline.html_report import quality_points, render_html
 from dwindle.pipeline.layer_tables import layer_tables
 from dwindle.pipeline.step_facts import step_facts
