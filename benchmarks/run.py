@@ -4,7 +4,8 @@ Two kinds of cases. An alternated case is one job done by dwindle and by a peer,
 the medians of wall seconds and peak resident memory, the quality both reached, and the ratio peer / dwindle of each
 pair of runs. Absolute seconds mean little on a shared machine; the ratios of alternated runs are what to quote.
 `quality` fills the table of `quality.py` (hours, the first time; it goes on where it stopped), `scale` measures memory
-on a model of a billion weights (`scale.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
+on a model of a billion weights (`scale.py`), `host` holds estimates of this machine to measurements
+(`host_accuracy.py`), `onnx` decodes beside ONNX Runtime GenAI's own builder (`onnx_decode.py`),
 `adapters` fills the tables of recovery and of tasks, measures the memory of training, and sets DPO beside TRL's
 (`adapters_quality.py`, `adapters_memory.py`, `adapters_dpo.py`),
 `adapters-runtime` measures what swapping and using an adapter costs in ONNX Runtime (`adapters_runtime.py`),
@@ -36,7 +37,7 @@ ALTERNATED = {
     for peer in ("coremltools", "coreai-opt")
 }
 """Case -> (script, name of the peer's side, arguments); each script takes `--who` and prints one JSON line last."""
-CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters", "adapters-runtime", "gate", "report", "prune",
+CASES = (*ALTERNATED, "quality", "scale", "onnx", "adapters", "adapters-runtime", "host", "gate", "report", "prune",
          "distill-loss", "distill-step", "distill-quality", "data", "data-pays")  # fmt: skip
 
 
@@ -101,6 +102,8 @@ def main() -> None:
             subprocess.run([sys.executable, str(HERE / "adapters_dpo.py"), "--peer", peers[0]], check=True)
         elif name == "adapters-runtime":
             subprocess.run([sys.executable, str(HERE / "adapters_runtime.py")], check=True)
+        elif name == "host":
+            subprocess.run([sys.executable, str(HERE / "host_accuracy.py")], check=True)
         elif name == "prune":
             results = ["--results", str(RESULTS / "prune_quality.json")]
             subprocess.run([sys.executable, str(HERE / "prune_quality.py"), *results, "--peer", peers[0]], check=True)

@@ -95,7 +95,7 @@ class MemoryCost:
 
 
 MEMORY_COSTS: Mapping[str, MemoryCost] = {
-    "onnx": MemoryCost((1.0, 2.0, 2.3), (1.0, 1.0, 2.0), (0.0, 2.0, 4.0), (5e6, 12e6, 40e6)),
+    "onnx": MemoryCost((1.0, 2.0, 2.3), (1.0, 1.0, 2.0), (0.0, 2.0, 4.0), (5e6, 14e6, 40e6)),
 }
 """Per runtime where it was measured: ONNX Runtime 1.31, fresh processes, 0.3M to 48M parameters, float32 and int4.
 Peak 2.05 times the weights while loading float32, 2.0 to 2.3 times after loading int4; 12 to 16 MB for the smallest

@@ -73,3 +73,20 @@ def test_a_checked_copy_is_added(capsys: pytest.CaptureFixture[str], tmp_path: P
     code, _, err = invoke(capsys, "show", "my-fone")
     assert code == 2
     assert "did you mean 'my-phone'" in err
+
+
+def test_every_fault_of_a_profile_is_named_and_nothing_is_added(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine; touch x.yaml"
+    text = profile_files()["pixel-9"].read_text().replace("name: pixel-9", "name: my-phone")
+    mine.write_text(
+        text.replace("unit: GB/s, ", "", 1).replace("unit: GB/s\n", "\n", 1).replace("source:", "sauce:", 1)
+    )
+    code, _, err = invoke(capsys, "add", mine)
+    assert code == 2
+    assert "bandwidth.unit: missing" in err
+    assert ".source: missing" in err
+    assert "sauce: unknown key (did you mean 'source'?)" in err
+    assert invoke(capsys, "show", "my-phone")[0] == 2
+    assert not list(tmp_path.rglob("x"))
