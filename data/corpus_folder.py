@@ -18,7 +18,7 @@ from typing import Any
 from dwindle.data.options import DataOptions
 from dwindle.errors import DataError
 
-__all__ = ["MANIFEST", "SPLITS", "of_corpus", "read_manifest", "role_folder", "split_folder"]
+__all__ = ["MANIFEST", "SPLITS", "licence_of", "of_corpus", "read_manifest", "role_folder", "split_folder"]
 
 MANIFEST = "corpus.json"
 SPLITS = ("train", "calibration", "evaluation")
@@ -41,6 +41,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def split_folder(folder: Path, split: str) -> Path:
     """Return the folder of a corpus's split; a folder that is no corpus is returned as it is."""
     return folder / split if read_manifest(folder) is not None else folder
+
+
+def licence_of(file: Path) -> str | None:
+    """Return the licences of a file of a corpus's split, as its manifest has them; None for any other file."""
+    folder = file.parent.parent
+    if file.parent.name not in SPLITS or (manifest := read_manifest(folder)) is None:
+        return None
+    for one in manifest["splits"].get(file.parent.name, {}).get("files", []):
+        if folder / one["path"] == file:
+            return ", ".join(one["licences_bytes"]) or None
+    return None
 
 
 def role_folder(place: str | Path, role: str) -> str | Path:

@@ -174,6 +174,7 @@ def _token_set(
         ids=ids,
         role=role,
         source=_source_of(documents),
+        licence=", ".join(sorted({d.licence for d in documents if d.licence})) or None,
         sha256=digest.hexdigest(),
         text_bytes=sum(len(d.text.encode()) for d in documents) if text_bytes is None else text_bytes,
         tokenizer_sha256=identity,

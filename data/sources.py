@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dwindle.data.byte_stream import open_bytes, open_text, suffix
-from dwindle.data.corpus_folder import split_folder
+from dwindle.data.corpus_folder import licence_of, split_folder
 from dwindle.data.document import Document
 from dwindle.data.hub import hub_documents, hub_name
 from dwindle.data.rows import READERS, row_texts
@@ -157,9 +157,10 @@ def _read_file(path: Path, column: str, whole: bool | None) -> Iterator[Document
         if suffix(path) not in READERS:
             yield from text_documents(path, whole=whole)
             return
+        licence = licence_of(path)
         for text in row_texts(path, column):
             if text.strip():
-                yield Document(text, str(path))
+                yield Document(text, str(path), licence=licence)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: no UTF-8 text ({error.reason}). Convert it, for example with iconv -t UTF-8."

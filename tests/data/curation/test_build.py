@@ -170,6 +170,7 @@ def test_token_sets_of_a_corpus(options: CorpusOptions, tmp_path: Path, tiny_tok
         DataOptions(train=(str(tmp_path / "C"),), context=32, calibration_windows=4), tiny_tokenizer, 32
     )
     assert sets.held_out_text is None
+    assert sets.train.licence == "Apache-2.0, MIT"
     assert len(sets.evaluation.document_sha256) == card["splits"]["evaluation"]["documents"]
     assert evaluation_set(tmp_path / "C", tiny_tokenizer).sha256 == sets.evaluation.sha256
     weighted = replace(
