@@ -143,13 +143,13 @@ def conflicts_in(versions: Mapping[str, str | None]) -> tuple[Conflict, ...]:
     return tuple(c for c in CONFLICTS if within(c.package, c.when) and within(c.other, c.needs) is False)
 
 
-def examine() -> Diagnosis:
-    """Return what is installed, broken, in conflict and possible on this machine."""
+def examine(*, tries_imports: bool = True) -> Diagnosis:
+    """Return what is installed, broken, in conflict and possible on this machine; trying imports takes seconds."""
     versions = installed_versions()
     missing = tuple(name for name in _REQUIRED if versions[name] is None)
     return Diagnosis(
         versions, _machine(), conflicts_in(versions), _abilities(versions, sys.platform == "darwin"), missing,
-        broken_packages(),
+        broken_packages() if tries_imports else {},
     )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def compared(found: Path, reference: Path) -> list[str]:
 
 def _records(folder: Path) -> dict[str, int]:
     """Return the finished steps and when each was written."""
-    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("steps/*/record.json")}
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("steps/[!.]*/record.json")}
 
 
 class _Story:

@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=60, help="mutants of each file")
     parser.add_argument("--seconds", type=float, default=300, help="when a run of the tests counts as hanging")
     given = parser.parse_args()
-    for name in ("torch", "transformers", "pytest", "hypothesis", "numpy"):  # imported once, for all children
+    for name in ("torch", "transformers", "numpy"):  # imported once, for all children
         importlib.import_module(name)
     sys.dont_write_bytecode = True
     killed = made = 0
