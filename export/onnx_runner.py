@@ -37,7 +37,7 @@ class _Held:
     values: Mapping[str, Any]
     """Inputs to bind."""
     options: Any
-    """RunOptions in which it is active."""
+    """RunOptions in which it is active; None where buffers are bound."""
     active: Any
     """The runtime's object; the options hold no reference to it."""
 
@@ -93,8 +93,9 @@ class OnnxRunner:
         path = self._shelf.file_of(folder, ADAPTER_FILE)
         try:
             values, version = read_adapter_file(path)
-            active = self._runtime.LoraAdapter()
-            active.Load(str(path))
+            active = None if self._shared else self._runtime.LoraAdapter()  # a binding takes the arrays themselves
+            if active is not None:
+                active.Load(str(path))
         except Exception as error:  # whatever a damaged file makes the runtime stumble over
             raise UnsupportedModel(
                 f"{path} cannot be read by ONNX Runtime ({error}). Package the adapter again."
@@ -106,8 +107,9 @@ class OnnxRunner:
                 f"{path} was packaged for another export: {len(strange)} of its {len(values)} arrays are no inputs of "
                 f"this model ({offenders(strange, 6)}). Package the adapter for this one."
             )
-        options = self._runtime.RunOptions()
-        options.add_active_adapter(active)
+        options = None if active is None else self._runtime.RunOptions()
+        if options is not None:
+            options.add_active_adapter(active)
         return self._shelf.add(folder.resolve().name, _Held(values, options, active))
 
     def activate(self, name: str | None) -> None:
