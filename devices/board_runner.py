@@ -185,7 +185,7 @@ class CoreAIDecoder:
         self.context = min(context, int(described["dwindle.context_length"]))
         self.version = f"coreai-core {_version_of('coreai-core')}"
         self._base = {name: NDArray(np.full(shape, value, self._dtype))
-                      for name, shape, value in json.loads(described["dwindle.base_inputs"])}  # fmt: skip
+                      for name, shape, value in json.loads(described.get("dwindle.base_inputs", "[]"))}  # fmt: skip
         self._functions = self._loop.run_until_complete(self._loaded(asset))
         self.reset()
 
