@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dwindle.adapters import read_task
 from dwindle.anatomy import Anatomy, anatomy_of, require_dense
 from dwindle.errors import RecipeError
 from dwindle.pipeline.export_plan import planned_exports
@@ -44,8 +45,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 options.pop("masks", None)
             steps.append({"name": step.name, "variant": variant, "options": options})
             label = step.name + (f" ({variant})" if variant else "")
-            shown = ", ".join(f"{k}={v}" for k, v in options.items() if v not in (None, (), {}))
+            shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "tasks" and v not in (None, (), {}))
             lines.append(f"{index + 1}. {label}: {shown}")
+            if step.name == "adapt":
+                for task in recipe.options[index, variant].tasks:
+                    found = read_task(task, options["seed"])
+                    lines.append(f"   {task.name}: {len(found.train):,} records, {len(found.held_out):,} held out")
     for export in planned_exports(recipe):
         lines.append(
             f"   export/{export.folder} from {'the float model' if export.is_float else export.variant or 'the model'}"

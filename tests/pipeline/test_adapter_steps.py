@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dwindle.errors import DataError, RecipeError
+from dwindle.pipeline.plan import plan
 from dwindle.pipeline.recipe import Recipe
 from dwindle.pipeline.runner import run
 
@@ -120,9 +121,12 @@ def test_recipes_that_make_no_sense_are_refused(
         recipe_of(steps=[{"adapt": {}}])
     with pytest.raises(RecipeError, match="rank=0"):
         recipe_of("recover.rank=0", steps=steps)
+    assert "   animals: 28 records, 4 held out" in plan(recipe_of(steps=steps))["lines"]
     (tmp_path / "bad.jsonl").write_text('{"prompt": "", "completion": "x"}\n' * 3)
     wrong = [{"adapt": {"tasks": [{"name": "a", "data": [str(tmp_path / "bad.jsonl")]}]}}]
     said: list[str] = []
+    with pytest.raises(DataError, match="3 with empty prompt"):
+        plan(recipe_of(steps=wrong))
     with pytest.raises(DataError, match="3 with empty prompt"):
         run(recipe_of(steps=[steps[0], *wrong]), tmp_path / "out", notify=said.append)
     with pytest.raises(RecipeError, match=r"1 targets are no linears of this model: kv"):
