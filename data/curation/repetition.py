@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dwindle.data.curation.stage_count import StageCount
-from dwindle.data.curation.words import Words, hashed_words
+from dwindle.data.curation.words import factors, hashed_words
 from dwindle.data.document import Document
 from dwindle.errors import RecipeError
 
@@ -48,48 +49,57 @@ class Repetition:
         if document.how.get("kind") == "code" and not self.code:
             count.changes["documents of source code, passed by"] += 1
             return document
-        words = hashed_words([document.text])
-        total = len(words.hashes)
-        if total >= self.least_words:
-            for length, most in enumerate(self.commonest, 2):
-                if (share := _commonest(words, length)) > most:
-                    count.drop(document, f"the commonest {length}-gram", f"{share:.2f}")
-                    return None
-            if _covered(words, 5) <= min(self.repeated):  # what longer n-grams cover, shorter ones cover too
-                return document
-            for length, most in enumerate(self.repeated, 5):
-                if (share := _covered(words, length)) > most:
-                    count.drop(document, f"repeated {length}-grams", f"{share:.2f}")
-                    return None
+        words = hashed_words([document.text]).hashes
+        if len(words) >= self.least_words and (broken := self._broken(words)) is not None:
+            count.drop(document, *broken)
+            return None
         return document
 
+    def _broken(self, words: NDArray[np.uint64]) -> tuple[str, str] | None:
+        """Return (the first limit that is passed, the share found), or None."""
+        sums = words * factors()[0]
+        for length, most in enumerate((*self.commonest, *self.repeated), 2):
+            # As in `words`: the sum of a longer n-gram is that of the shorter one and one word more.
+            sums = sums[:-1] + words[length - 1 :] * factors()[length - 1]
+            if length <= 4:
+                if (share := _commonest(sums, length, len(words))) > most:
+                    return f"the commonest {length}-gram", f"{share:.2f}"
+                continue
+            share = _covered(sums, length, len(words))
+            if share > most:
+                return f"repeated {length}-grams", f"{share:.2f}"
+            if share <= min(self.repeated):  # what longer n-grams cover, shorter ones cover too
+                return None
+        return None
 
-def _commonest(words: Words, length: int) -> float:
+
+def _commonest(grams: NDArray[np.uint64], length: int, words: int) -> float:
     """Return how much of a text its commonest n-gram is.
 
-    >>> _commonest(hashed_words(["go go go go on and on"]), 2) == 3 * 2 / 7
+    >>> _commonest(np.array([7, 7, 7, 1, 2, 3], np.uint64), 2, 7) == 3 * 2 / 7
     True
     """
-    ordered = np.sort(words.ngrams(length).hashes)
-    edges = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
-    most = int(np.diff(edges).max(initial=0))
-    return most * length / len(words.hashes) if most > 1 else 0.0
+    ordered = np.sort(grams)
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1])
+    if len(edges) == len(grams) - 1:
+        return 0.0
+    most = int(np.diff(edges, prepend=-1, append=len(grams) - 1).max())
+    return most * length / words
 
 
-def _covered(words: Words, length: int) -> float:
+def _covered(grams: NDArray[np.uint64], length: int, words: int) -> float:
     """Return the share of words inside n-grams that occurred before.
 
-    >>> _covered(hashed_words(["a b c d e x a b c d e"]), 5) == 5 / 11
+    >>> _covered(np.array([1, 2, 3, 4, 5, 6, 1], np.uint64), 5, 11) == 5 / 11
     True
     """
-    grams = words.ngrams(length).hashes
     ordered = np.sort(grams)
     if not (ordered[1:] == ordered[:-1]).any():
         return 0.0
     _, first = np.unique(grams, return_index=True)
     again = np.ones(len(grams), np.int64)
     again[first] = 0
-    edges = np.zeros(len(words.hashes) + length, np.int64)
+    edges = np.zeros(words + 1, np.int64)
     edges[: len(grams)] += again
     edges[length : length + len(grams)] -= again
-    return float((np.cumsum(edges)[: len(words.hashes)] > 0).mean())
+    return float((np.cumsum(edges)[:words] > 0).mean())
