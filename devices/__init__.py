@@ -15,11 +15,12 @@ from dwindle.devices.device_profile import (
 )
 from dwindle.devices.exported import read_artifact, run_of
 from dwindle.devices.measurement import Measurement, read_measurements, write_measurement
-from dwindle.devices.targets import measure, parse_target
+from dwindle.devices.targets import INTERRUPTED, measure, parse_target
 from dwindle.devices.validation import ValidateOptions, junit, run, validate
 from dwindle.devices.workload import LayerLoad, Workload
 
 __all__ = [
+    "INTERRUPTED",
     "BenchOptions",
     "Budget",
     "Calibration",

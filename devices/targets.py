@@ -27,7 +27,10 @@ from dwindle.devices.measurement import Event, Gathering, Measurement
 from dwindle.devices.ssh_board import Board, ssh_events
 from dwindle.errors import RecipeError, TargetError, UnsupportedModel, did_you_mean
 
-__all__ = ["Target", "measure", "parse_target"]
+__all__ = ["INTERRUPTED", "Target", "measure", "parse_target"]
+
+INTERRUPTED = "interrupted"
+"""Why a measurement stopped that the user ended."""
 
 KINDS = ("host", "ssh", "adb", "apple", "aihub")
 _SSH = re.compile(r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
@@ -111,7 +114,7 @@ def measure(
     except (TargetError, KeyboardInterrupt) as error:
         if not gathering.repeats:
             raise
-        stopped = str(error) or "interrupted"
+        stopped = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
     own = "host" if target.kind == "host" else None
     return gathering.result(on=on, profile=profile or own, artifact=exported.identity(), stopped=stopped)
 

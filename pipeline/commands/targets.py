@@ -131,7 +131,7 @@ def bench(artefact: str, target: str, profile: str | None, settings: tuple[str, 
     emit({**found.to_json(), "written": str(place) if place else None}, "\n".join(lines), as_json)
     if not found.complete:
         click.echo(f"INCOMPLETE: {len(found.repeats)} of {found.protocol.repeats} repeats: {found.stopped}", err=True)
-    return 0 if found.complete else 2
+    return 0 if found.complete else 130 if found.stopped == room.INTERRUPTED else 2
 
 
 def _tell(event: Any) -> None:

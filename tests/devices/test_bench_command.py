@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dwindle.devices import host_process
 from dwindle.pipeline.cli import main
+from dwindle.pipeline.commands import targets as commands
 
 from .conftest import write_decoder
 
@@ -56,6 +58,20 @@ def test_partial_results_are_kept_and_marked(
     assert json.loads(out)["complete"] is False
     assert json.loads(out)["written"].endswith("-partial.json")
     assert "INCOMPLETE: 1 of 2 repeats" in err
+
+
+def test_an_interrupted_measurement_is_kept_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(event: Any) -> None:
+        if event["event"] == "repeat":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_tell", interrupt)
+    code, out, err = invoke(capsys, write_decoder(tmp_path / "onnx"), *QUICK, "--json")
+    assert code == 130
+    assert json.loads(out)["complete"] is False
+    assert "INCOMPLETE: 1 of 2 repeats: interrupted" in err
 
 
 @pytest.mark.parametrize(
