@@ -17,6 +17,7 @@ from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
 
 pytest.importorskip("coremltools")
+pytestmark = pytest.mark.timeout(900)  # conversions share the machine with whatever else runs there
 Factory = Callable[..., Any]
 IDS = torch.arange(40, 60)[None]
 FAST = {"decode_steps": 4, "prompts": 1, "longest_tokens": 8}
