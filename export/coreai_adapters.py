@@ -167,3 +167,4 @@ def write_inputs(path: Path, arrays: Mapping[str, Tensor], base_sha256: str) -> 
 
     save_file({name: array.contiguous() for name, array in arrays.items()}, path,
               metadata={"format": "pt", "base_sha256": base_sha256})  # fmt: skip
+    path.chmod(0o644)  # safetensors writes for the owner alone
