@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,11 @@ def datatrove_stages() -> dict[str, tuple[str, Callable[[str], Any]]]:
     )
     from datatrove.pipeline.formatters import PIIFormatter
 
-    signature, scrub, repetition = MinhashDedupSignature("/tmp/minhash"), PIIFormatter(), GopherRepetitionFilter()  # noqa: S108
+    signature, scrub, repetition = (
+        MinhashDedupSignature(tempfile.gettempdir()),
+        PIIFormatter(),
+        GopherRepetitionFilter(),
+    )
     rules = [GopherQualityFilter(), C4QualityFilter(filter_no_terminal_punct=False), FineWebQualityFilter()]
 
     def quality(text: str) -> None:
