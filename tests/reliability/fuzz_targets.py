@@ -183,7 +183,10 @@ def _recipes() -> Iterator[Target]:
 
 
 def _devices() -> Iterator[Target]:
+    from dwindle.devices.bench_options import BenchOptions
     from dwindle.devices.device_profile import check_profile, load_profile, profile_files
+    from dwindle.devices.ssh_board import ssh_command
+    from dwindle.devices.targets import parse_target
     from dwindle.errors import RecipeError
 
     folder = _folder()
@@ -196,6 +199,20 @@ def _devices() -> Iterator[Target]:
             assert not problems, problems
             assert loaded.bandwidth.at() > 0
 
+    def named(data: bytes) -> None:
+        found = parse_target(data.decode("utf-8", "surrogateescape"))
+        if found.board is not None:
+            words = ssh_command(found.board, BenchOptions())
+            assert words[-3] == "--", words
+            assert not (found.board.user or "x").startswith("-"), words
+            assert not any(c in f"{found.board.user}{found.board.host}" for c in " \n\0;$`'\"|&<>"), words
+
+    yield Target(
+        "name of a target",
+        "bytes",
+        (b"ssh://pi@board.local:2222", b"adb:R58M123ABC", b"host", b"ssh://[::1]:22"),
+        named,
+    )
     files = list(profile_files().values())[:2]
     yield Target("device profile", "yaml", tuple(file.read_bytes() for file in files), profile, 1500)
 
