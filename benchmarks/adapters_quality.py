@@ -257,7 +257,8 @@ def markdown(found: Mapping[str, Record]) -> str:
             one, (model, bits, rank) = found[name], name.removeprefix("recovery-").rsplit("-", 2)
             lines.append(f"| {model} | {bits} | {rank} | {one['kl_before']:.4f} | {one['kl_after']:.4f} | "
                          f"{one['closed']:.0%} | {one['bits_after']:.2f} | {one['adapter_bytes']:,} |")  # fmt: skip
-    lines += ["", f"| task | {' | '.join(KINDS)} | from recovery / full |", "|---" * (len(KINDS) + 2) + "|"]
+    if any(f"task-{task}" in found for task in TASKS):
+        lines += ["", f"| task | {' | '.join(KINDS)} | from recovery / full |", "|---" * (len(KINDS) + 2) + "|"]
     for task in TASKS:
         if (one := found.get(f"task-{task}")) is not None:
             cells = " | ".join(f"{one[kind]['label_accuracy']:.1%}" for kind in KINDS)
