@@ -4,6 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 T5     := .venv/transformers5
+SPREAD := -n 2 --dist loadfile
 PEERS  := .venv-peers .venv-peers-2 .venv-peers-3
 
 .PHONY: setup demo test test-full test-transformers5 check bench crash fuzz soak mutants coverage lock clean
@@ -32,10 +33,10 @@ demo: setup
 test: test-full test-transformers5
 
 test-full: setup
-	$(BIN)/python -P -m pytest -q
+	$(BIN)/python -P -m pytest -q $(SPREAD)
 
 test-transformers5: $(T5)/.ready
-	PYTHONPATH=$(T5) $(BIN)/python -P -m pytest -q -m "not slow and not demo" tests/core tests/prune tests/quantize tests/export/test_decoder.py
+	PYTHONPATH=$(T5) $(BIN)/python -P -m pytest -q $(SPREAD) -m "not slow and not demo" tests/core tests/prune tests/quantize tests/export/test_decoder.py
 
 # Types are checked against a plain install: type checkers cannot follow an editable package-dir mapping.
 check: setup

@@ -193,14 +193,24 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one whole `dwindle demo`, run once per session (a few minutes)."""
+    """The folder of one whole `dwindle demo`, run once (a few minutes), also where several processes test."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo" / "demo-run"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "printed.txt").exists():
+            _run_demo(folder)
+    return folder
+
+
+def _run_demo(folder: Path) -> None:
     import subprocess
     import sys
 
-    folder = tmp_path_factory.mktemp("demo") / "demo-run"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-P", "-m", "dwindle.pipeline.cli", "demo", "-o", str(folder)],
                           env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     (folder / "printed.txt").write_text(done.stdout)
-    return folder

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -90,8 +90,9 @@ def test_quick_and_without_torch(finished: Path) -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()  # processor time: other load on the machine stays out of the figure
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert done.stdout.endswith("exit 0\n[]\n")
     assert min(seconds) < 2, seconds
