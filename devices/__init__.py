@@ -16,7 +16,7 @@ from dwindle.devices.device_profile import (
 from dwindle.devices.exported import read_artifact, run_of
 from dwindle.devices.measurement import Measurement, read_measurements, write_measurement
 from dwindle.devices.targets import INTERRUPTED, measure, parse_target
-from dwindle.devices.validation import ValidateOptions, junit, run, validate
+from dwindle.devices.validation import ValidateOptions, junit, rejudge, run, validate
 from dwindle.devices.workload import LayerLoad, Workload
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "read_artifact",
     "read_budgets",
     "read_measurements",
+    "rejudge",
     "run",
     "run_of",
     "validate",

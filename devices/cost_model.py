@@ -5,8 +5,8 @@ A roofline with one constant, per compute unit of the profile:
     weights  seconds per token = sum over layers of max(bytes / (share x bandwidth), 2 packed weights / decode compute)
     decode   seconds per token = weights + KV bytes / (share x bandwidth) + overhead
     prefill  time to first token = max((2 N T + 2 T^2 A) / effective compute, weights) + overhead
-    memory   weights x copies + KV cache of the context x copies + logits of the prompt + fixed cost of the runtime
-    load     package / storage + weights x copies / (share x bandwidth) + widened bytes x 7 ns + fixed cost
+    memory   resident weights + KV cache of the context x copies + logits of the prompt + fixed cost of the runtime
+    load     package / storage + resident weights / (share x bandwidth) + widened bytes x 7 ns + fixed cost
 
 N is multiply-accumulates per token, T the prompt's length, A the attention width (layers x heads x width of a head;
 causal scores and mixtures are 2 T^2 A operations). Why so simple: at batch 1 a decoder reads every weight for every
@@ -22,6 +22,10 @@ the whole context's cache for every token. Eight bits with float32 activations a
 
 A runtime that computes in float32 alone (ONNX Runtime's CPU kernels) turns 16-bit weights into float32 when it loads
 them: it then reads 4 bytes a weight (`READS_FLOAT32`).
+
+Resident weights are the sum over layers of loaded bytes x copies, where the copies depend on what a weight is for and
+on where it lies (`MemoryCost.weight_copies`): a matrix that is repacked, a table that is also looked up in, floats
+inside the graph's file or mapped from one of their own. `resident_weight_bytes` is the one function that counts them.
 
 Apple's 2024 on-device model on an iPhone 15 Pro, published as 30 tokens/s and 0.6 ms per prompt token
 (arXiv:2407.21075); 1.343 GB = 3.7 bits x 2.58B + 8 bits x 0.15B:
@@ -44,10 +48,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from dwindle.devices.device_profile import FLOAT_FORMATS, ComputeUnit, DeviceProfile
 from dwindle.devices.quantity import Side
-from dwindle.devices.workload import LayerLoad, Workload
+from dwindle.devices.workload import LayerLoad, WeightUse, Workload
 from dwindle.errors import RecipeError, offenders
 from dwindle.report import Basis, Metric, Skipped
 
@@ -60,6 +65,8 @@ __all__ = [
     "LayerTime",
     "MemoryCost",
     "estimate",
+    "memory_cost",
+    "resident_weight_bytes",
 ]
 
 DEFAULT_PROMPT_TOKENS = 512
@@ -76,6 +83,8 @@ METRIC_UNITS: Mapping[str, str] = {
 """Every metric a target can have, with its unit."""
 
 _OPPOSITE: Mapping[Side, Side] = {"low": "high", "value": "value", "high": "low"}
+Range = tuple[float, float, float]
+"""Low end, middle, high end."""
 _SLOWEST_LAST: tuple[Side, ...] = ("value", "high", "low")
 """The order of a `LayerTime`: seconds, low, high."""
 
@@ -84,24 +93,51 @@ _SLOWEST_LAST: tuple[Side, ...] = ("value", "high", "low")
 class MemoryCost:
     """What a runtime holds beside the weights and the cache: at the low end, in the middle, at the high end."""
 
-    weight_copies: tuple[float, float, float]
-    """Copies of the weights: 1 when mapped from the file, 2 when read and then repacked."""
-    cache_copies: tuple[float, float, float]
+    packed: Mapping[WeightUse, Range]
+    """Copies of integers and palettes: 1 when mapped from the file, 2 when read and then repacked."""
+    floats: Mapping[WeightUse, Range]
+    """Copies of floats in the graph's file, of their loaded bytes."""
+    floats_apart: Mapping[WeightUse, Range]
+    """Copies of floats that are mapped from a file of their own."""
+    cache_copies: Range
     """Copies of the KV cache; the high end, 2, is for past and present in separate tensors."""
-    logit_copies: tuple[float, float, float]
+    logit_copies: Range
     """Copies of the prompt's float32 logits; 0 when only the last row is computed."""
-    fixed_bytes: tuple[float, float, float]
+    fixed_bytes: Range
     """Runtime, graph and arenas of small tensors."""
+
+    def weight_copies(self, use: WeightUse, *, packed: bool, apart: bool) -> Range:
+        """Return the copies of such weights, in the graph's file or `apart` from it."""
+        return (self.packed if packed else self.floats_apart if apart else self.floats)[use]
+
+    @classmethod
+    def alike(cls, copies: Range, cache_copies: Range, logit_copies: Range, fixed_bytes: Range) -> MemoryCost:
+        """Return the cost where nobody knows that weights differ."""
+        uses: tuple[WeightUse, ...] = get_args(WeightUse)
+        weights = dict.fromkeys(uses, copies)
+        return cls(weights, weights, weights, cache_copies, logit_copies, fixed_bytes)
 
 
 MEMORY_COSTS: Mapping[str, MemoryCost] = {
-    "onnx": MemoryCost((1.0, 2.0, 2.3), (1.0, 1.0, 2.0), (0.0, 2.0, 4.0), (5e6, 14e6, 40e6)),
-}
-"""Per runtime where it was measured: ONNX Runtime 1.31, fresh processes, 0.3M to 48M parameters, float32 and int4.
-Peak 2.05 times the weights while loading float32, 2.0 to 2.3 times after loading int4; 12 to 16 MB for the smallest
-models; one more set of prompt logits for a head in two products. A graph in the fused form keeps one cache."""
+    "onnx": MemoryCost(
+        packed={"linear": (1.0, 1.25, 2.0), "shared": (2.0, 2.76, 3.2), "embedding": (1.0, 1.25, 2.0),
+                "head": (1.0, 1.25, 2.0)},
+        floats={"linear": (1.0, 1.58, 2.1), "shared": (1.5, 2.5, 3.0), "embedding": (1.0, 1.58, 2.0),
+                "head": (1.0, 1.58, 2.0)},
+        floats_apart={"linear": (1.0, 1.1, 1.6), "shared": (1.0, 1.93, 2.5), "embedding": (1.0, 1.1, 1.5),
+                      "head": (1.0, 1.1, 1.5)},
+        cache_copies=(1.0, 1.0, 2.0), logit_copies=(0.0, 2.0, 4.0),
+        fixed_bytes=(5e6, 14e6, 40e6),
+    ),
+}  # fmt: skip
+"""Per runtime where it was measured: ONNX Runtime 1.31, fresh processes on x86-64, random Llamas of 6M to 500M weights,
+float16 and int4 with an 8-bit table that is also the head (docs/experiments.md, "Measuring on targets"). Packed linears
+are held 1.25 times once repacked, the shared table 2.76 times: as it is looked up in, and repacked in two planes. Floats
+of the graph's file are there as stored and as float32 while loading. 12 to 16 MB for the smallest models; one more set
+of prompt logits for a head in two products. A graph in the fused form keeps one cache. An embedding or a head of its own
+was not measured: both count as linears do, with a wide range."""
 
-UNMEASURED_MEMORY_COST = MemoryCost((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (5e6, 15e6, 40e6))
+UNMEASURED_MEMORY_COST = MemoryCost.alike((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (5e6, 15e6, 40e6))
 """For runtimes nobody could measure: weights mapped once, the cache kept in place. A guess with a wide range."""
 
 
@@ -177,13 +213,13 @@ def estimate(
     products = {} if workload.int8_activations else PRODUCTS.get(chosen, {})
     machine = _Machine(profile, profile.compute_units[profile.runtimes[chosen].unit], products,
                        COPIED_CACHE_READS if workload.copies_cache else 1.0)  # fmt: skip
-    loaded = workload.with_float32_weights() if chosen in READS_FLOAT32 else workload
-    weights = (workload.weight_bytes + loaded.weight_bytes) / 2
-    prompt, memory = min(prompt_tokens, room), MEMORY_COSTS.get(chosen, UNMEASURED_MEMORY_COST)
+    loaded = _loaded(workload, chosen)
+    prompt, memory = min(prompt_tokens, room), memory_cost(chosen)
     cached = room if workload.static_shapes else prompt
-    timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, memory))
+    resident = resident_weight_bytes(workload, chosen)
+    timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, resident))
     more = products.get(workload.head_format or "", 1) - 1
-    ends = (_memory_bytes(workload, weights, memory, (prompt, room, more), end) for end in range(3))
+    ends = (_memory_bytes(workload, resident[end], memory, (prompt, room, more), end) for end in range(3))
     held = _metric("peak_memory_bytes", *ends)
     return Estimate(
         {m.name: m for m in (*timed, held, _package(workload))},
@@ -276,15 +312,15 @@ class _Machine:
             _metric("time_to_first_token_seconds", first["high"], first["value"], first["low"]),
         )
 
-    def loading(self, workload: Workload, loaded: Workload, cost: MemoryCost) -> Metric:
-        """Return the load time: the package from storage, what is widened, each copy that the runtime makes."""
+    def loading(self, workload: Workload, loaded: Workload, resident: Range) -> Metric:
+        """Return the load time: the package from storage, what is widened, what the runtime then holds."""
         storage = self.profile.storage
         if storage is None:
             return Metric("load_seconds", None, METRIC_UNITS["load_seconds"], "estimated")
         sides: tuple[Side, ...] = ("high", "value", "low")
         ends = (
             workload.package_bytes / storage.at(side)
-            + self.stream_seconds((workload.weight_bytes + loaded.weight_bytes) / 2 * cost.weight_copies[end], side)
+            + self.stream_seconds(resident[end], side)
             + (loaded.weight_bytes - workload.weight_bytes) * WIDENING_SECONDS[end]
             + LOAD_SECONDS[end]
             for end, side in enumerate(sides)
@@ -292,17 +328,42 @@ class _Machine:
         return _metric("load_seconds", *ends)
 
 
+def memory_cost(runtime: str) -> MemoryCost:
+    """Return what a runtime holds, measured or guessed."""
+    return MEMORY_COSTS.get(runtime, UNMEASURED_MEMORY_COST)
+
+
+def resident_weight_bytes(workload: Workload, runtime: str) -> Range:
+    """Return the bytes that a runtime holds for the weights at most, while it loads them or after.
+
+    A float16 table of 1,000 weights inside an ONNX graph: 4 bytes each once loaded, held 1.8 times.
+
+    >>> table = Workload((LayerLoad("lm_head", 1000, 2000, format="float16"),), 0, 8, 10, 2000)
+    >>> resident_weight_bytes(table, "onnx")[1]
+    7200.0
+    """
+    cost, apart = memory_cost(runtime), workload.weights_apart
+    loaded = _loaded(workload, runtime).layers
+    held = [(x.bytes, cost.weight_copies(x.use, packed=x.packed, apart=apart)) for x in loaded]
+    low, middle, high = (sum(count * copies[end] for count, copies in held) for end in range(3))
+    return low, middle, high
+
+
+def _loaded(workload: Workload, runtime: str) -> Workload:
+    return workload.with_float32_weights() if runtime in READS_FLOAT32 else workload
+
+
 def _memory_bytes(
-    workload: Workload, weights: float, cost: MemoryCost, lengths: tuple[int, int, int], end: int
+    workload: Workload, resident: float, cost: MemoryCost, lengths: tuple[int, int, int], end: int
 ) -> float:
-    """Return bytes at one end of the range; `weights` is the mean of stored and loaded bytes, each held once or so.
+    """Return bytes at one end of the range.
 
     `lengths` are the prompt, the context, and the copies of the prompt's logits beyond the runtime's usual.
     """
     prompt, context, more = lengths
     copies = cost.cache_copies[2 if workload.copies_cache else end]
     return (
-        weights * cost.weight_copies[end]
+        resident
         + workload.kv_bytes_per_token * context * copies
         + 4 * prompt * workload.vocabulary * (cost.logit_copies[end] + (more if end else 0))
         + cost.fixed_bytes[end]

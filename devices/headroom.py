@@ -9,12 +9,14 @@ and u = decode compute / 2 (where the unit has one and the weights are packed), 
                          + other bytes / r + KV bytes x cached tokens / r + overhead
     tokens/s >= R        seconds of a token <= 1 / R                      four lines: either side of either maximum
     first token <= t     2 N T + 2 T^2 A <= (t - overhead) x compute      and four lines without the cache
-    memory <= M          copies x weights + copies x context x KV <= M - logits of the prompt - fixed cost
-    load <= s            package / storage + copies x weights / r + widened bytes x 7 ns <= s - fixed cost
+    memory <= M          resident weights + copies x context x KV <= M - logits of the prompt - fixed cost
+    load <= s            package / storage + resident weights / r + widened bytes x 7 ns <= s - fixed cost
     package <= P         stored <= P
 
 Weights of a format that a runtime multiplies in several products (`PRODUCTS`) count as many times in u's lines. A
-graph is taken to keep one cache (the fused form). A test holds these lines to `estimate`, budget by budget.
+graph is taken to keep one cache (the fused form). Resident weights are loaded bytes times the copies of their use; a
+model is either small enough for one file or keeps its weights apart (`Place.apart`), each with copies of
+its own, so a search is made for both. A test holds these lines to `estimate`, budget by budget.
 
 >>> from dwindle.devices.budgets import parse_budgets
 >>> from dwindle.devices.device_profile import load_profile
@@ -34,13 +36,13 @@ from typing import Literal
 from dwindle.devices.budgets import Budget
 from dwindle.devices.cost_model import (
     LOAD_SECONDS,
-    MEMORY_COSTS,
     METRIC_UNITS,
     PRODUCTS,
-    UNMEASURED_MEMORY_COST,
     WIDENING_SECONDS,
+    memory_cost,
 )
-from dwindle.devices.device_profile import ComputeUnit, DeviceProfile
+from dwindle.devices.device_profile import FLOAT_FORMATS, ComputeUnit, DeviceProfile
+from dwindle.devices.workload import WeightUse
 from dwindle.errors import RecipeError
 
 __all__ = ["Cost", "End", "Limit", "Place", "headroom"]
@@ -55,14 +57,14 @@ class Cost:
 
     stored: float = 0.0
     """Bytes of all weights in the file."""
-    held: float = 0.0
-    """Mean of the bytes stored and the bytes once loaded."""
     linear_bytes: float = 0.0
     """Loaded bytes of the linears."""
     linear_weights: float = 0.0
     table_bytes: float = 0.0
     """Loaded bytes of the table that every token reads: the head, or the embedding tied to it."""
     table_weights: float = 0.0
+    looked_up_bytes: float = 0.0
+    """Loaded bytes of an embedding that is no head."""
     other_bytes: float = 0.0
     """Loaded bytes of norms and biases."""
     other_weights: float = 0.0
@@ -81,7 +83,7 @@ class Limit(Cost):
     def of(self, cost: Cost) -> float:
         """Return the weighted sum; the budget holds while it is at most `bound`."""
         return (
-            self.stored * cost.stored + self.held * cost.held
+            self.stored * cost.stored + self.looked_up_bytes * cost.looked_up_bytes
             + self.linear_bytes * cost.linear_bytes + self.linear_weights * cost.linear_weights
             + self.table_bytes * cost.table_bytes + self.table_weights * cost.table_weights
             + self.other_bytes * cost.other_bytes + self.other_weights * cost.other_weights
@@ -104,11 +106,30 @@ class Place:
     linear_format: str | None = None
     """Weight format of the linears, where it is one."""
     table_format: str | None = None
-    """Weight format of the table that makes the logits."""
+    """Weight format of the table that makes the logits, and of an embedding beside it."""
+    tied: bool = False
+    """Whether the embedding is the head, too."""
+    apart: bool = False
+    """Whether the weights are so large that they lie in a file of their own."""
 
     def products(self, form: str | None) -> int:
         """Return how many products the runtime makes of one with weights in this format."""
         return PRODUCTS.get(self.runtime, {}).get(form or "", 1)
+
+    def resident(self, column: int) -> dict[str, float]:
+        """Return the resident bytes of each loaded byte, by the fields of `Cost`."""
+        table = self.packed if self.table_format is None else self.table_format not in FLOAT_FORMATS
+        weights: dict[str, tuple[WeightUse, bool]] = {
+            "linear_bytes": ("linear", self.packed),
+            "table_bytes": ("shared" if self.tied else "head", table),
+            "looked_up_bytes": ("embedding", table),
+            "other_bytes": ("linear", False),
+        }
+        cost = memory_cost(self.runtime)
+        return {
+            name: cost.weight_copies(use, packed=packed, apart=self.apart)[column]
+            for name, (use, packed) in weights.items()
+        }
 
 
 def headroom(profile: DeviceProfile, budgets: Iterable[Budget], place: Place) -> tuple[Limit, ...]:
@@ -125,7 +146,7 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
     unit, end = profile.compute_units[profile.runtimes[place.runtime].unit], place.end
     rate = unit.bandwidth_share.at(end) * profile.bandwidth.at(end)
     overhead = unit.overhead.at("high" if end == "low" else "value")
-    cost = MEMORY_COSTS.get(place.runtime, UNMEASURED_MEMORY_COST)
+    cost = memory_cost(place.runtime)
     column = 2 if end == "low" else 1
     prompt = min(place.prompt_tokens, place.context)
     name, limit = budget.metric, budget.limit
@@ -142,14 +163,15 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
     elif name == "peak_memory_bytes":
         copies = cost.logit_copies[column] + place.products(place.table_format) - 1
         rest = 4 * prompt * place.vocabulary * copies + cost.fixed_bytes[column]
-        yield Limit(held=cost.weight_copies[column], kv=place.context * cost.cache_copies[column], metric=name,
+        yield Limit(**place.resident(column), kv=place.context * cost.cache_copies[column], metric=name,
                     bound=limit - rest)  # fmt: skip
     elif name == "load_seconds":
         if profile.storage is None:
             raise RecipeError(f"{profile.title}: the profile has no storage, which load_seconds is estimated from.")
-        grown = 2 * WIDENING_SECONDS[column]  # bytes widened = loaded - stored = 2 (held - stored)
-        yield Limit(stored=1 / profile.storage.at(end) - grown, held=cost.weight_copies[column] / rate + grown,
-                    metric=name, bound=limit - LOAD_SECONDS[column])  # fmt: skip
+        grown = WIDENING_SECONDS[column]  # per byte widened = loaded - stored
+        each = {name: copies / rate + grown for name, copies in place.resident(column).items()}
+        yield Limit(stored=1 / profile.storage.at(end) - grown, **each, metric=name,
+                    bound=limit - LOAD_SECONDS[column])  # fmt: skip
     else:
         yield Limit(stored=1, metric=name, bound=limit)
 

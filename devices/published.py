@@ -14,7 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Published", "published"]
+__all__ = ["PROFILES", "Published", "published", "published_on"]
+
+PROFILES: Mapping[str, str] = {
+    "M1": "mac-m1", "M1 Pro": "mac-m1-pro", "M1 Max": "mac-m1-max", "M2": "mac-m2", "M2 Pro": "mac-m2-pro",
+    "M2 Max": "mac-m2-max", "M2 Max CPU": "mac-m2-max", "M2 Ultra": "mac-m2-ultra", "M3": "mac-m3",
+    "M3 Pro": "mac-m3-pro", "M3 Max": "mac-m3-max", "M4": "mac-m4", "M4 Pro": "mac-m4-pro", "M4 Max": "mac-m4-max",
+    "M5 Pro": "mac-m5-pro", "M5 Max": "mac-m5-max", "iPhone 15 Pro": "iphone-15-pro", "OnePlus 12": "oneplus-12",
+    "Galaxy S24": "galaxy-s24", "Galaxy S24 Ultra": "galaxy-s24-ultra", "Galaxy S25 Ultra": "galaxy-s25-ultra",
+    "Raspberry Pi 5": "raspberry-pi-5", "Lunar Lake CPU": "laptop-lunar-lake", "Lunar Lake iGPU": "laptop-lunar-lake",
+    "Strix Halo CPU": "laptop-strix-halo", "Strix Halo iGPU": "laptop-strix-halo",
+}  # fmt: skip
+"""Device of a row -> its profile. A chip alone (A17 Pro, Snapdragon 8 Elite) is no device: others share it."""
 
 _FILE = Path(__file__).parent / "published.yaml"
 _DEFAULT_PROMPT, _DEFAULT_CACHED = 512, 64
@@ -47,10 +58,26 @@ class Published:
     beyond_facts: bool
 
     @property
+    def text(self) -> str:
+        """Return the row in words, its source left out."""
+        rates = [f"{self.decode:.4g} tokens/s" if self.decode else "",
+                 f"prompt of {self.prompt:,} at {self.prefill:,.4g} tokens/s" if self.prefill else ""]  # fmt: skip
+        return f"{self.model} on {self.device} ({self.engine}): {', '.join(rate for rate in rates if rate)}"
+
+    @property
     def prefill_operations(self) -> float:
         """Return the operations of the prompt: weights, and causal attention."""
         tokens = self.prompt
         return 2 * self.multiply_accumulates * tokens + 2 * tokens**2 * self.attention_width
+
+
+def published_on(profile: str) -> tuple[Published, ...]:
+    """Return what others published of a profile's device: models of theirs, for reference beside an estimate.
+
+    >>> [f"{row.model}: {row.decode:g} tokens/s" for row in published_on("iphone-15-pro")]
+    ['afm-2024: 30 tokens/s']
+    """
+    return tuple(row for row in published() if PROFILES.get(row.device) == profile)
 
 
 @cache

@@ -28,7 +28,7 @@ from dwindle.devices.workload import Workload
 from dwindle.errors import RecipeError
 from dwindle.report import Artifact, Metric, Report, Skipped, StepRecord, TargetVerdict
 
-__all__ = ["ValidateOptions", "junit", "run", "validate"]
+__all__ = ["ValidateOptions", "junit", "rejudge", "run", "validate"]
 
 _NAME_OF_HOST = "host"
 _ON_HOST = ("onnx",)
@@ -111,6 +111,24 @@ def run(
             judged += [verdict] if verdict else []
         verdicts += judged or [judge.held(None)]
     return tuple(verdicts), tuple(skipped)
+
+
+def rejudge(report: Report, options: ValidateOptions, folder: Path) -> tuple[TargetVerdict, ...]:
+    """Return a run's verdicts, those anew whose artifact a measurement in its folder stands for; nothing is measured.
+
+    This machine's verdicts are measurements already and stay. Raises DataError for a damaged measurement.
+    """
+    kept, by_path = Kept.of(folder), {artifact.path: artifact for artifact in report.artifacts}
+    verdicts = []
+    for verdict in report.targets:
+        artifact, anew = by_path.get(verdict.artifact or ""), None
+        judged = artifact is not None and verdict.profile != _NAME_OF_HOST
+        if judged and artifact and kept.newest(verdict.profile, artifact, options.prompt_tokens):
+            named = (t for t in options.targets if t == verdict.profile or Path(t).stem == verdict.profile)
+            device = _Device.of(next(named, verdict.profile))
+            anew, _ = _Judge(device, options, kept, tuple(report.steps)).verdict(artifact, folder / artifact.path)
+        verdicts.append(anew or verdict)
+    return tuple(verdicts)
 
 
 @dataclass(frozen=True)

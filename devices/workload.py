@@ -23,13 +23,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from dwindle.devices.device_profile import FLOAT_FORMATS
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Artifact
 
-__all__ = ["LayerLoad", "Workload"]
+__all__ = ["WEIGHTS_APART_ABOVE_BYTES", "LayerLoad", "WeightUse", "Workload"]
+
+WeightUse = Literal["linear", "shared", "embedding", "head"]
+"""What a weight is for: `shared` is an embedding that is the head, too; norms and biases count with the linears."""
+WEIGHTS_APART_ABOVE_BYTES = 500_000_000
+"""From so many bytes of weights on, an ONNX artifact keeps them in a file of their own (`ExportOptions`)."""
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embedding")
 _QUERIES = ("q_proj", "query")
@@ -54,15 +59,23 @@ class LayerLoad:
         return self.bytes if self.streamed else 0
 
     @property
-    def packed_parameters(self) -> int:
-        """Return the weights that every token unpacks: those of integers and palettes.
-
-        A layer of a plan, which has no format yet, counts as packed below 12 bits a weight.
-        """
-        floats = 8 * self.bytes >= _PACKED_BELOW_BITS * self.parameters
+    def packed(self) -> bool:
+        """Return whether its weights are integers or palettes; below 12 bits a weight where no format is known yet."""
         if self.format is not None:
-            floats = self.format in FLOAT_FORMATS
-        return self.parameters if self.streamed and not floats else 0
+            return self.format not in FLOAT_FORMATS
+        return 8 * self.bytes < _PACKED_BELOW_BITS * self.parameters
+
+    @property
+    def packed_parameters(self) -> int:
+        """Return the weights that every token unpacks."""
+        return self.parameters if self.streamed and self.packed else 0
+
+    @property
+    def use(self) -> WeightUse:
+        """Return what it is for, which decides how often a runtime holds it."""
+        if _is_embedding(self.name):
+            return "shared" if self.streamed else "embedding"
+        return "head" if _last(self.name) == "lm_head" else "linear"
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,18 @@ class Workload:
     """Whether every token copies the past into the present."""
     int8_activations: bool = False
     """Whether products with packed weights round their activations to int8."""
+    apart: bool | None = None
+    """Whether the weights lie in a file of their own; None: from `WEIGHTS_APART_ABOVE_BYTES` on."""
 
     @property
     def weight_bytes(self) -> int:
         """Return the bytes of all weights."""
         return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def weights_apart(self) -> bool:
+        """Return whether the weights lie in a file of their own: as is known, or as their size has it."""
+        return self.weight_bytes > WEIGHTS_APART_ABOVE_BYTES if self.apart is None else self.apart
 
     @property
     def streamed_bytes(self) -> int:

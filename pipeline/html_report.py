@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dwindle.devices.published import Published, published_on
 from dwindle.pipeline import figures
 from dwindle.pipeline.adapter_table import adapter_rows
 from dwindle.pipeline.charts import Point, memory_over_context, quality_against_size, time_split
@@ -224,6 +225,11 @@ class _Target:
 
     profile: str
     verdicts: tuple[TargetVerdict, ...]
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Return what others published of the device."""
+        return published_on(self.profile)
 
     def artifact(self, verdict: TargetVerdict) -> str:
         """Return what a verdict is about."""

@@ -6,7 +6,8 @@ line uses, made into tables here:
     size        `LayerFormat.stored_bits` of each layer shape at each width
     speed       `devices.estimate`'s seconds of each such layer on each device and runtime, with low and high
     KL          the plan's own costs per layer and width, and the curve that their sum follows (`BitPlan.expected_kl`)
-    memory      the peak with no planned layer, and copies of the weights (`cost_model.MEMORY_COSTS`)
+    memory      the peak with no planned layer, in one file or with the weights apart, and the copies of a linear
+                (`cost_model.memory_cost`, as `resident_weight_bytes` counts them)
     legality    `quantize.formats`, and the formats that the device's profile lists
 
 Layers of one shape and group size share a table, so a page of 32 layers stays small. What cannot be known is null: the
@@ -21,9 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dwindle.devices.cost_model import MEMORY_COSTS, UNMEASURED_MEMORY_COST, LayerTime, estimate
+from dwindle.devices.cost_model import LayerTime, estimate, memory_cost
 from dwindle.devices.device_profile import HOST, DeviceProfile, list_profiles
-from dwindle.devices.workload import LayerLoad, Workload
+from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES, LayerLoad, Workload
 from dwindle.errors import DwindleError
 from dwindle.pipeline.device_views import known_profile
 from dwindle.quantize.device_target import format_name
@@ -113,6 +114,8 @@ def _editor(step: StepRecord, report: Report, plan: Mapping[str, Any]) -> dict[s
         "embedding_refused": _embedding_refusals(step),
         "runtimes": {name: runtime.name for name, runtime in RUNTIMES.items()},
         "machines": machines,
+        "fixed_bytes": sum(layer.bytes for layer in fixed),
+        "apart_above_bytes": WEIGHTS_APART_ABOVE_BYTES,
     }
 
 
@@ -225,8 +228,8 @@ def _frame(step: StepRecord, report: Report, runtime: str) -> Workload:
                     outputs("q_proj"))  # fmt: skip
 
 
-def _with_layers(frame: Workload, layers: Sequence[LayerLoad]) -> Workload:
-    return replace(frame, layers=tuple(layers), package_bytes=sum(layer.bytes for layer in layers))
+def _with_layers(frame: Workload, layers: Sequence[LayerLoad], apart: bool | None = None) -> Workload:
+    return replace(frame, layers=tuple(layers), package_bytes=sum(layer.bytes for layer in layers), apart=apart)
 
 
 def _machines(
@@ -252,13 +255,14 @@ def _machines(
         frame = _frame(step, report, runtime)
         context = min(EDITOR_CONTEXT, frame.context_length or EDITOR_CONTEXT)
         found = estimate(profile, _with_layers(frame, (*fixed, *loads.values())), context=context, runtime=runtime)
-        bare = estimate(profile, _with_layers(frame, fixed), context=context, runtime=runtime)
+        bare = estimate(profile, _with_layers(frame, fixed, False), context=context, runtime=runtime)
         if not loads or found.runtime is None or bare.cache is None or bare.overhead is None:
             continue
         times = dict(zip(loads, found.layers[len(fixed) :], strict=True))
         for key, column in tables.items():
             column.append(_ends([times[key]]) if key in times else None)
-        peak = bare.metrics["peak_memory_bytes"].value
+        large = estimate(profile, _with_layers(frame, fixed, True), context=context, runtime=runtime)
+        peaks = [found.metrics["peak_memory_bytes"].value for found in (bare, large)]
         machines.append(
             {
                 "device": profile.name,
@@ -267,8 +271,8 @@ def _machines(
                 "unit": found.unit,
                 "context": context,
                 "fixed": _ends([*bare.layers, bare.cache, bare.overhead]),
-                "memory": peak,
-                "copies": MEMORY_COSTS.get(runtime, UNMEASURED_MEMORY_COST).weight_copies[1],
+                "memory": peaks,
+                "copies": memory_cost(runtime).weight_copies("linear", packed=True, apart=False)[1],
                 "limit": profile.memory.default.at(),
             }
         )

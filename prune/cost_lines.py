@@ -34,6 +34,10 @@ class Pricing:
     kv_number_bytes: int
     reads_float32: bool
     """The runtime holds floats as float32."""
+    tied: bool
+    """Whether the limits are those of a model whose embedding is the head, too."""
+    least_bytes: int = 0
+    """The limits hold for models of more bytes than this."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _layer_cost(shape: Shape, pricing: Pricing) -> Cost:
     if pricing.reads_float32:
         linear, other = (4.0 * weights if storage.scheme == "float" else linear), 4.0 * others
     return Cost(
-        stored=stored, held=(stored + linear + other) / 2, linear_bytes=linear, linear_weights=weights,
+        stored=stored, linear_bytes=linear, linear_weights=weights,
         other_bytes=other, other_weights=others, kv=2 * shape.kv_heads * shape.head_dim * pricing.kv_number_bytes,
         attention_width=shape.heads * shape.head_dim,
     )  # fmt: skip
@@ -108,6 +112,6 @@ def _end_cost(shape: Shape, pricing: Pricing) -> Cost:
     if pricing.reads_float32:
         table, norm = (4.0 * weights if storage.scheme == "float" else table), 4.0 * shape.width
     return Cost(
-        stored=stored, held=(stored + count * table + norm) / 2, table_bytes=table, table_weights=weights,
+        stored=stored, table_bytes=table, table_weights=weights, looked_up_bytes=(count - 1) * table,
         other_bytes=norm, other_weights=shape.width,
     )  # fmt: skip

@@ -15,6 +15,7 @@ multiples of 32 (the context is rounded to it; head_dim never changes, and is to
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from dwindle.devices import estimate
 from dwindle.devices.budgets import Budget
 from dwindle.devices.cost_model import READS_FLOAT32
-from dwindle.devices.headroom import Place, headroom
+from dwindle.devices.headroom import Limit, Place, headroom
+from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES
 from dwindle.errors import DoesNotFit, RecipeError, UnsupportedModel
 from dwindle.prune.capacity import DEPTH_COST, SQUARE_COSTS, bits_factor, effective_parameters
 from dwindle.prune.cost_lines import CostLines, Pricing
@@ -103,19 +105,25 @@ class _Search:
         self.turns = options.rotate is not False and self._can_turn(anatomy)
         self.kv_number_bytes = KV_NUMBER_BYTES.get(self.runtime, 2)
         self.static = (self.runtime, profile.runtimes[self.runtime].unit) == STATIC_PLACE
-        self.pricings = [self._pricing(storage) for storage in self.storages]
+        self.pricings = [tuple(self._pricings(storage)) for storage in self.storages]
         self.bases = tuple(self._bases())
         self.visited = 0
 
-    def _pricing(self, storage: Storage) -> Pricing:
+    def _pricings(self, storage: Storage) -> Iterator[Pricing]:
+        """Yield what models stored so cost: with a tied head or their own, in one file or with their weights apart."""
         options = self.options
-        place = Place(
-            self.runtime, self.full.vocab, options.prompt_tokens, self.context, storage.scheme != "float", self.static,
-            "low" if options.pessimistic else "value", storage.weight_format, storage.table_format,
-        )  # fmt: skip
-        limits = headroom(self.profile, self.budgets, place)
-        return Pricing(limits, storage, self.full, self.original, options.multiple, self.kv_number_bytes,
-                       self.runtime in READS_FLOAT32)  # fmt: skip
+        large = model_bytes(replace(self.full, tied=False), storage) > WEIGHTS_APART_ABOVE_BYTES
+        for tied, apart in itertools.product({self.full.tied, self.full.tied and not self.turns}, {False, large}):
+            place = Place(
+                self.runtime, self.full.vocab, options.prompt_tokens, self.context, storage.scheme != "float",
+                self.static, "low" if options.pessimistic else "value", storage.weight_format, storage.table_format,
+                tied, apart,
+            )  # fmt: skip
+            limits = headroom(self.profile, self.budgets, place)
+            if large and not apart:
+                limits += (Limit(stored=1, metric="package_bytes", bound=WEIGHTS_APART_ABOVE_BYTES),)
+            yield Pricing(limits, storage, self.full, self.original, options.multiple, self.kv_number_bytes,
+                          self.runtime in READS_FLOAT32, tied, WEIGHTS_APART_ABOVE_BYTES if apart else 0)  # fmt: skip
 
     def _can_turn(self, anatomy: Anatomy) -> bool:
         from dwindle.prune.rotation import turning_refusal
@@ -128,9 +136,10 @@ class _Search:
     def best(self) -> dict[tuple[int, int], _Point]:
         """Return (number of the storage, axes cut) -> the best point that meets all budgets."""
         found: dict[tuple[int, int], _Point] = {}
-        for number, pricing in enumerate(self.pricings):
-            for width, groups, turned in self.bases:
-                for point, axes in self._points(pricing, width, groups, turned):
+        for (number, pricings), base in itertools.product(enumerate(self.pricings), self.bases):
+            tied = self.full.tied and not base[2]
+            for pricing in (one for one in pricings if one.tied == tied):
+                for point, axes in self._points(pricing, *base):
                     if point.better(found.get((number, axes))):
                         found[number, axes] = point
         return found
@@ -166,6 +175,9 @@ class _Search:
             if not at_full.holds(layers):
                 ffn = costs.largest_ffn(layers, multiple, full.ffn_width) if "ffn" in self.options.axes else 0
             if not ffn:
+                continue
+            if pricing.least_bytes and model_bytes(self.shape(ffn, width, groups, layers, turned),
+                                                   pricing.storage) <= pricing.least_bytes:  # fmt: skip
                 continue
             score = (
                 math.log(layers * costs.parameters(ffn)) - spent + worth_of_bits

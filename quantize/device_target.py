@@ -2,11 +2,13 @@
 
 `dwindle.devices` estimates the peak memory of a model as
 
-    weights x copies + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
+    resident weights + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
 
-Solved for the weights at the middle of every range, with the memory an app may use without asking (`memory.default`
-of the profile), that is the target. A device also decides the format: a plan may only use bits that its runtime
-executes there, which is the common part of what the runtime carries anywhere (`formats`) and what the profile lists.
+where weights are resident as often as their use has it (`devices.cost_model.resident_weight_bytes`). Embedding and
+head have the size that the options give them; solved for the linears at the middle of every range, with the memory an
+app may use without asking (`memory.default` of the profile), that is the target. A device also decides the format: a
+plan may only use bits that its runtime executes there, which is the common part of what the runtime carries anywhere
+(`formats`) and what the profile lists.
 
 An estimate with a range stays one: the explanation names both ends, and `dwindle validate` measures.
 """
@@ -17,7 +19,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, MEMORY_COSTS, UNMEASURED_MEMORY_COST, MemoryCost
+from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, MEMORY_COSTS, PRODUCTS, memory_cost, resident_weight_bytes
+from dwindle.devices.workload import LayerLoad, Workload
 from dwindle.errors import DoesNotFit, RecipeError
 from dwindle.quantize.formats import carried_bits
 
@@ -72,14 +75,15 @@ def device_target(
             f"quantize: no bits are carried by all runtimes on {profile.title} ({each}). Change runtimes or "
             "allowed_bits, or use a target per runtime."
         )
-    sizes = [_weight_bytes(profile, anatomy, name, tokens) for name in chosen]
+    tables = _tables(anatomy, options)
+    sizes = [_weight_bytes(profile, anatomy, name, tokens, tables) for name in chosen]
     name, (low, middle, high) = min(zip(chosen, sizes, strict=True), key=lambda item: item[1][1])
     if middle < 1:
         raise DoesNotFit(
             f"quantize: {profile.title} leaves no memory for weights: {_megabytes(_memory(profile))} for an app, and "
             f"the KV cache of {tokens:,} tokens with {name}'s own needs take more. Lower the context."
         )
-    lines = _explanation(profile, anatomy, name, tokens, middle)
+    lines = _explanation(profile, anatomy, name, tokens, tables, middle)
     lines.append(f"between {_megabytes(low)} and {_megabytes(high)} over the range of these estimates; "
                  f"bits {', '.join(map(str, common))}")  # fmt: skip
     formats = tuple(format_name(profile, runtime) for runtime in chosen)
@@ -127,10 +131,6 @@ def _memory(profile: DeviceProfile) -> float:
     return profile.memory.default.at()
 
 
-def _cost(runtime: str) -> MemoryCost:
-    return MEMORY_COSTS.get(runtime, UNMEASURED_MEMORY_COST)
-
-
 def _cache_bytes(anatomy: Anatomy, tokens: int) -> int:
     return 2 * anatomy.layers * anatomy.kv_heads * anatomy.head_dim * _CACHE_BYTES * tokens
 
@@ -139,35 +139,62 @@ def _logit_bytes(anatomy: Anatomy, tokens: int) -> int:
     return 4 * min(DEFAULT_PROMPT_TOKENS, tokens) * anatomy.vocab
 
 
-def _weight_bytes(profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int) -> tuple[int, int, int]:
+def _tables(anatomy: Anatomy, options: QuantizeOptions) -> Workload:
+    """Return embedding and head as the options store them, without linears."""
+    from dwindle.quantize.layer_plan import end_format
+
+    shape = (anatomy.vocab, anatomy.width)
+    count = -(-end_format(anatomy.embedding, shape, options).stored_bits(shape) // 8)
+    form = f"{_WIDEST[options.embedding_scheme]}{options.embedding_bits}"
+    tables = [LayerLoad(anatomy.embedding, shape[0] * shape[1], count, anatomy.tied, form)]
+    tables += [] if anatomy.tied else [LayerLoad(anatomy.head, shape[0] * shape[1], count, True, form)]
+    return Workload(tuple(tables), 0, anatomy.context, anatomy.vocab, sum(table.bytes for table in tables))
+
+
+def _more_logits(runtime: str, tables: Workload) -> int:
+    """Return the copies of the logits that come on top where the head is several products."""
+    return PRODUCTS.get(runtime, {}).get(tables.head_format or "", 1) - 1
+
+
+def _weight_bytes(
+    profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, tables: Workload
+) -> tuple[int, int, int]:
     """Return the bytes left for weights if everything else is dear, in the middle, and cheap."""
-    cost = _cost(runtime)
+    cost, held = memory_cost(runtime), resident_weight_bytes(tables, runtime)
+    more = _more_logits(runtime, tables)
+    copies = cost.weight_copies("linear", packed=True, apart=False)
     low, middle, high = (
-        math.floor(
+        tables.weight_bytes
+        + math.floor(
             (
                 _memory(profile)
+                - held[end]
                 - cost.cache_copies[end] * _cache_bytes(anatomy, tokens)
-                - cost.logit_copies[end] * _logit_bytes(anatomy, tokens)
+                - (cost.logit_copies[end] + (more if end else 0)) * _logit_bytes(anatomy, tokens)
                 - cost.fixed_bytes[end]
             )
-            / cost.weight_copies[end]
+            / copies[end]
         )
         for end in (2, 1, 0)
     )
     return low, middle, high
 
 
-def _explanation(profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, weights: int) -> list[str]:
-    cost = _cost(runtime)
+def _explanation(
+    profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, tables: Workload, weights: int
+) -> list[str]:
+    cost, copies = memory_cost(runtime), memory_cost(runtime).weight_copies("linear", packed=True, apart=False)[1]
     cache = cost.cache_copies[1] * _cache_bytes(anatomy, tokens)
-    logits = cost.logit_copies[1] * _logit_bytes(anatomy, tokens)
+    logits = (cost.logit_copies[1] + _more_logits(runtime, tables)) * _logit_bytes(anatomy, tokens)
     known = "measured" if runtime in MEMORY_COSTS else "estimated"
     return [
         f"{profile.title}, {runtime} from {profile.runtimes[runtime].minimum_os} on",
         f"{_megabytes(_memory(profile))} that one app may use ({profile.memory.default.trust})",
         f"less {_megabytes(cache)} for the KV cache of {tokens:,} tokens",
         f"less {_megabytes(logits)} for logits and {_megabytes(cost.fixed_bytes[1])} for the runtime",
-        f"divided by {cost.weight_copies[1]:g} copies of the weights ({known})",
+        f"less {_megabytes(resident_weight_bytes(tables, runtime)[1])} for the embedding"
+        f"{'' if anatomy.tied else ' and the head'}",
+        f"divided by {copies:g} copies of the linears ({known}), plus {_megabytes(tables.weight_bytes)} as stored",
         f"leaves {_megabytes(weights)} for the model",
     ]
 

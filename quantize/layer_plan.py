@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
     from dwindle.weight_source import WeightSource
 
-__all__ = ["LayerFormat", "LayerPlan", "ModelShapes", "group_size_for", "plan_layers", "require_storable"]
+__all__ = ["LayerFormat", "LayerPlan", "ModelShapes", "end_format", "group_size_for", "plan_layers",
+           "require_storable"]  # fmt: skip
 
 Shape = tuple[int, int]
 
@@ -162,7 +163,7 @@ def plan_layers(model: ModelBundle | ModelShapes, options: QuantizeOptions) -> L
     layers = tuple(
         LayerFormat(name, options.scheme, options.bits, groups[name], options.symmetric, options.row_scales)
         if name in linears
-        else _end_format(name, shape, options)
+        else end_format(name, shape, options)
         for name, shape in shapes.items()
     )
     if not isinstance(model, ModelShapes):
@@ -218,7 +219,7 @@ def _coded_names(anatomy: Anatomy) -> list[str]:
     return [*anatomy.linear_names(), anatomy.embedding, *([] if anatomy.tied else [anatomy.head])]
 
 
-def _end_format(name: str, shape: Shape, options: QuantizeOptions) -> LayerFormat:
+def end_format(name: str, shape: Shape, options: QuantizeOptions) -> LayerFormat:
     """Return the format of the embedding or the head: one palette for the table, or one scale per row."""
     if options.embedding_scheme == "palettize":
         return LayerFormat(name, "palettize", options.embedding_bits, shape[0])

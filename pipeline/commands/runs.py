@@ -86,14 +86,17 @@ def demo(output: str, as_json: bool) -> int:
               "plots.")  # fmt: skip
 @json_option
 def report(folder: str, html: bool, markdown: bool, plots: str | None, as_json: bool) -> int:
-    """Show the report of RUN; its exit code is the run's.
+    """Show the report of RUN, with what was measured since (bench --profile); the exit code is that of its verdicts.
 
-    A run made by an older version opens too; what it did not record is left out.
+    A run made by an older version opens too; what it did not record is left out. report.html is written again where
+    measurements changed a verdict; report.json stays the record of the run.
     """
+    from dwindle.pipeline.measured_report import measured_report
     from dwindle.pipeline.write_reports import read_report, rewrite_html
 
-    found = read_report(Path(folder))
-    if html:
+    recorded = read_report(Path(folder))
+    found = measured_report(recorded, Path(folder))
+    if html or found is not recorded:
         rewrite_html(found, Path(folder))
     if plots is not None:
         from dwindle.pipeline.plot_files import write_plots

@@ -34,8 +34,9 @@ def list_devices(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_device(name: str, as_json: bool) -> None:
-    """Show every number of a profile with unit, source, date and how far it is to be trusted."""
+    """Show every number of a profile with unit, source, date and trust, and what others published of the device."""
     from dwindle.devices import load_profile
+    from dwindle.devices.published import published_on
 
     profile = load_profile(name)
     lines = [f"{profile.name}: {profile.title}"]
@@ -46,7 +47,10 @@ def show_device(name: str, as_json: bool) -> None:
     for label, runtime in profile.runtimes.items():
         formats = "; ".join(f"from {version} on {', '.join(new)}" for version, new in runtime.formats_by_os.items())
         lines.append(f"  {f'runtimes.{label}':38} on {runtime.unit}, {formats}")
-    emit(dataclasses.asdict(profile), "\n".join(lines), as_json)
+    rows = published_on(profile.name)
+    lines += [f"  published  {row.text}  [{row.trust}, {row.date}] {row.source}" for row in rows]
+    emit({**dataclasses.asdict(profile), "published": [dataclasses.asdict(row) for row in rows]}, "\n".join(lines),
+         as_json)  # fmt: skip
 
 
 @devices.command("check")
@@ -167,12 +171,13 @@ def validate(folder: str, targets: tuple[str, ...], budgets: tuple[str, ...], fi
     Writes RUN/validation.json and RUN/validation.xml (JUnit). Measurements that RUN keeps replace estimates.
     """
     from dwindle import devices as room
+    from dwindle.pipeline.measured_report import recipe_values
     from dwindle.pipeline.write_reports import read_report
     from dwindle.report import Report
     from dwindle.storage import write_json, write_text
 
     run = read_report(Path(folder))
-    values = _recipe_values(Path(folder))
+    values = recipe_values(Path(folder))
     limits = room.parse_budgets(budgets) and list(budgets)
     if file is not None:
         found = room.read_budgets(file)
@@ -195,28 +200,23 @@ def validate(folder: str, targets: tuple[str, ...], budgets: tuple[str, ...], fi
     return report.exit_code
 
 
-def _recipe_values(folder: Path) -> dict[str, Any]:
-    """Return what the run's recipe gives to its validate step; nothing where there is no recipe or no such step."""
-    import yaml
-
-    try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        steps = [step["validate"] for step in recipe["steps"] if isinstance(step, dict) and "validate" in step]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
-        return {}
-    return dict(steps[-1]) if steps and isinstance(steps[-1], dict) else {}
-
-
 def _verdict_lines(verdicts: Any, skipped: Any) -> list[str]:
-    """Return a line per target and artifact with its verdict, and below it one per metric with value and basis."""
+    """Return a line per target and artifact with its verdict, and below it one per metric with value and basis.
+
+    What others published of the device, of other models, follows for reference: it decides nothing.
+    """
+    from dwindle.devices.published import published_on
+
     lines = []
-    for target in verdicts:
+    for number, target in enumerate(verdicts):
         verdict = {True: "passed", False: "FAILED", None: "no budget"}[target.passed]
         lines.append(f"{target.profile}: {verdict}{f'  ({target.artifact})' if target.artifact else ''}")
         for metric in target.metrics:
             value = "not known" if metric.value is None else f"{metric.value:,.4g} {metric.unit}"
             held = {True: f"  ok: {metric.budget}", False: f"  MISSED: {metric.budget}", None: ""}[metric.passed]
             lines.append(f"  {metric.name:32} {value} ({metric.basis}{_spread(metric)}){held}")
+        if number + 1 == len(verdicts) or verdicts[number + 1].profile != target.profile:
+            lines += [f"  for reference: {r.text} (published, {r.source})" for r in published_on(target.profile)]
     return [*lines, *(f"Not done: {line.what}: {line.why}" for line in skipped)]
 
 

@@ -35,6 +35,7 @@ function totals(data, bits, machine) {
     else sum.refused.push(index);
   });
   const rest = data.plan.rest;
+  const apart = data.fixed_bytes + sum.bytes > data.apart_above_bytes;
   return {
     linearBitsPerWeight: sum.bits / sum.weights,
     modelBitsPerWeight: (sum.bits + rest.stored_bits) / (sum.weights + rest.weights),
@@ -43,7 +44,7 @@ function totals(data, bits, machine) {
     unknown: sum.unknown,
     refused: sum.refused,
     rate: place && !sum.refused.length ? seconds.map((value) => 1 / value) : null,
-    memory: place ? place.memory + place.copies * sum.bytes : null,
+    memory: place ? place.memory[apart ? 1 : 0] + place.copies * sum.bytes : null,
   };
 }
 

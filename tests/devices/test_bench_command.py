@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from dwindle.devices import host_process
+import dwindle.devices as room
+from dwindle.devices import host_process, read_artifact
 from dwindle.pipeline.cli import main
 from dwindle.pipeline.commands import targets as commands
+from dwindle.report import Report
 
 from .conftest import write_decoder
 
@@ -102,3 +105,36 @@ def test_no_torch_for_a_measurement(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("exit 0\n[]\n")
+
+
+def test_a_report_shows_what_was_measured_since(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The record of the run stays; the page, the tables, Markdown, JSON and the exit code follow the measurement."""
+    run = tmp_path / "run"
+    folder = write_decoder(run / "export" / "onnx")
+    layers = {"lm_head": {"bits": 32, "bytes": 352, "parameters": 88, "format": "float32"}}
+    facts = {"context_length": 32, "vocabulary": 11, "kv_bytes_per_token": 64, "layers": layers}
+    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "format": "onnx", **facts}))
+    options = {"targets": ["pixel-9"], "budgets": ["tokens_per_second >= 1"], "require": "measured", "prompt_tokens": 8}
+    (run / "recipe.yaml").write_text(json.dumps({"steps": [{"validate": options}]}))
+    artifact = dataclasses.replace(read_artifact(folder), path="export/onnx")
+    verdicts, _ = room.run(room.ValidateOptions(("pixel-9",), ("tokens_per_second >= 1",), "measured",
+                                                prompt_tokens=8), [(artifact, folder)])  # fmt: skip
+    recorded = Report(artifacts=(artifact,), targets=verdicts).dumps()
+    (run / "report.json").write_text(recorded)
+
+    def report(*words: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(run), *(str(word) for word in words)])
+        return int(end.value.code or 0), capsys.readouterr().out
+
+    assert report()[0] == 1
+    assert not (run / "report.html").exists()
+    assert invoke(capsys, folder, *QUICK, "--profile", "pixel-9")[0] == 0
+    code, out = report("--markdown")
+    assert code == 0
+    assert "(measured)" in out
+    page = (run / "report.html").read_text()
+    assert page.count('<span class="basis measured">') > 2
+    (target,) = json.loads(report("--json")[1])["targets"]
+    assert {m["name"]: m["basis"] for m in target["metrics"]}["tokens_per_second"] == "measured"
+    assert (run / "report.json").read_text() == recorded

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dwindle.devices.cost_model import METRIC_UNITS, estimate
+from dwindle.devices.cost_model import MEMORY_COSTS, METRIC_UNITS, estimate, resident_weight_bytes
 from dwindle.devices.device_profile import load_profile
-from dwindle.devices.workload import LayerLoad, Workload
+from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES, LayerLoad, Workload
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Artifact
 
@@ -23,7 +23,8 @@ def test_roofline_by_hand(toaster: Path, artifact: Artifact) -> None:
     assert metrics["tokens_per_second"].value == pytest.approx(1 / seconds)
     assert metrics["tokens_per_second_sustained"].value == pytest.approx(0.5 / seconds)
     assert metrics["time_to_first_token_seconds"].value == pytest.approx(2 * 16.5e6 * 100 / 100e9 + 1e-3)
-    memory = 2 * 10e6 + 512 * 1000 + 2 * 4 * 100 * 1000 + 14e6
+    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx")[1]
+    memory = held + 512 * 1000 + 2 * 4 * 100 * 1000 + 14e6
     assert metrics["peak_memory_bytes"].value == pytest.approx(memory)
     assert metrics["package_bytes"].value == 10_100_000
     assert metrics["package_bytes"].basis == "measured"
@@ -79,11 +80,12 @@ def test_onnx_reads_half_floats_as_float32(toaster: Path, artifact: Artifact) ->
     workload = Workload.from_artifact(replace(artifact, details={"layers": rows}))
     found = estimate(load_profile(toaster), workload, prompt_tokens=1).metrics
     assert found["tokens_per_second"].value == pytest.approx(1 / (4e6 / 5e9 + 1e-3))
-    assert found["peak_memory_bytes"].value == pytest.approx(2 * 3e6 + 14e6)
+    copies = MEMORY_COSTS["onnx"].floats["linear"][1]
+    assert found["peak_memory_bytes"].value == pytest.approx(copies * 4e6 + 14e6)
     phone = load_profile("iphone-15-pro")
     as_onnx = estimate(phone, workload, prompt_tokens=1).metrics["peak_memory_bytes"].low or 0
     as_core_ml = estimate(phone, replace(workload, format="coreml"), prompt_tokens=1).metrics["peak_memory_bytes"].low
-    assert as_onnx - (as_core_ml or 0) == pytest.approx(1e6)
+    assert as_onnx - (as_core_ml or 0) == pytest.approx(MEMORY_COSTS["onnx"].floats["linear"][0] * 4e6 - 2e6)
 
 
 def test_any_float_is_converted_on_export(artifact: Artifact) -> None:
@@ -196,7 +198,9 @@ def test_eight_bits_are_two_products_of_four(slow_toaster: Path) -> None:
     artifact = Artifact("onnx", "export/onnx", 16_000_000, "0" * 64, details=details)
     found = estimate(load_profile(slow_toaster), Workload.from_artifact(artifact), prompt_tokens=100)
     assert found.layers[0].seconds == pytest.approx(3.2e-3)
-    assert found.metrics["peak_memory_bytes"].value == pytest.approx(2 * 16e6 + 3 * 4 * 100 * 1000 + 14e6)
+    assert found.metrics["peak_memory_bytes"].value == pytest.approx(
+        MEMORY_COSTS["onnx"].packed["head"][1] * 16e6 + 3 * 4 * 100 * 1000 + 14e6
+    )
     rounded = replace(artifact, details={**details, "runtime": {"activations": "int8"}})
     found = estimate(load_profile(slow_toaster), Workload.from_artifact(rounded), prompt_tokens=100)
     assert found.layers[0].seconds == pytest.approx(1.6e-3)
@@ -225,9 +229,10 @@ def test_layers_cache_and_overhead_sum_to_a_token(device: str) -> None:
 
 
 def test_load_time_is_package_then_copies(slow_toaster: Path, artifact: Artifact) -> None:
-    """10.1 MB from a disk of 1 GB/s, 10 MB twice at 5 GB/s, 0.1 s for the runtime."""
+    """10.1 MB from a disk of 1 GB/s, what is held of 10 MB at 5 GB/s, 0.1 s for the runtime."""
+    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx")[1]
     load = estimate(load_profile(slow_toaster), Workload.from_artifact(artifact)).metrics["load_seconds"]
-    assert load.value == pytest.approx(10.1e6 / 1e9 + 2 * 10e6 / 5e9 + 0.1)
+    assert load.value == pytest.approx(10.1e6 / 1e9 + held / 5e9 + 0.1)
     assert (load.low or 0) < (load.value or 0) < (load.high or 0)
 
 
@@ -261,3 +266,35 @@ def test_static_shapes_read_the_whole_cache(artifact: Artifact) -> None:
     assert free is not None
     assert static is not None
     assert (free.bytes, static.bytes) == (8_000, 512_000)
+
+
+def _weights(tied: bool, form: str, apart: bool | None = None) -> Workload:
+    """A million weights in linears, half as many in an embedding and, where it is not tied, in a head."""
+    each = {"int4": 0.5, "float16": 2, "float32": 4}[form]
+    table = LayerLoad("model.embed_tokens", 500_000, int(500_000 * each), tied, form)
+    ends = (table,) if tied else (table, replace(table, name="lm_head", streamed=True))
+    linears = LayerLoad("model.layers.0.mlp.up_proj", 10**6, int(10**6 * each), format=form)
+    return Workload((linears, *ends), 0, 64, 10, 1, "onnx", apart=apart)
+
+
+def test_weights_are_held_as_often_as_their_use_has_it() -> None:
+    cost = MEMORY_COSTS["onnx"]
+    for form, wide, copies in (("int4", 0.5, cost.packed), ("float16", 4, cost.floats), ("float32", 4, cost.floats)):
+        for end in range(3):
+            shared = wide * (10**6 * copies["linear"][end] + 500_000 * copies["shared"][end])
+            assert resident_weight_bytes(_weights(True, form), "onnx")[end] == pytest.approx(shared)
+            own = wide * (10**6 * copies["linear"][end] + 500_000 * (copies["embedding"][end] + copies["head"][end]))
+            assert resident_weight_bytes(_weights(False, form), "onnx")[end] == pytest.approx(own)
+    mapped = 4 * (10**6 * cost.floats_apart["linear"][1] + 500_000 * cost.floats_apart["shared"][1])
+    assert resident_weight_bytes(_weights(True, "float16", apart=True), "onnx")[1] == pytest.approx(mapped)
+    assert resident_weight_bytes(_weights(False, "float16"), "coreml")[1] == pytest.approx(1.25 * 4e6)
+
+
+def test_weights_lie_apart_from_the_size_on_that_the_exporter_has() -> None:
+    from dwindle.export import ExportOptions
+
+    assert ExportOptions().external_data_above_bytes == WEIGHTS_APART_ABOVE_BYTES
+    large = LayerLoad("a", 10**9, WEIGHTS_APART_ABOVE_BYTES + 1)
+    assert Workload((large,), 0, 64, 10, 1).weights_apart
+    assert not Workload((replace(large, bytes=WEIGHTS_APART_ABOVE_BYTES),), 0, 64, 10, 1).weights_apart
+    assert not Workload((large,), 0, 64, 10, 1, apart=False).weights_apart

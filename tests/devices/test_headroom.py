@@ -26,7 +26,7 @@ def random_workload(rng: random.Random, packed: bool, static: bool) -> Workload:
     layers = (
         LayerLoad("linears", weights, weights // 2 if packed else 2 * weights, format="int4" if packed else "float16"),
         LayerLoad("norms", 4000, 8000, format="float16"),
-        LayerLoad("embed", table, table if packed else 2 * table, False, "int8" if packed else "float16"),
+        LayerLoad("embed_tokens", table, table if packed else 2 * table, False, "int8" if packed else "float16"),
         LayerLoad("lm_head", table, table if packed else 2 * table, True, "int8" if packed else "float16"),
     )
     return Workload(layers, rng.randrange(100, 10**5), 2048, 32_000, sum(layer.bytes for layer in layers),
@@ -34,11 +34,10 @@ def random_workload(rng: random.Random, packed: bool, static: bool) -> Workload:
 
 
 def cost_of(workload: Workload, loaded: Workload) -> Cost:
-    linears, norms, _, head = loaded.layers
+    linears, norms, embedding, head = loaded.layers
     return Cost(
-        workload.weight_bytes, (workload.weight_bytes + loaded.weight_bytes) / 2, linears.bytes, linears.parameters,
-        head.bytes, head.parameters, norms.bytes, norms.parameters, workload.kv_bytes_per_token,
-        workload.attention_width,
+        workload.weight_bytes, linears.bytes, linears.parameters, head.bytes, head.parameters, embedding.bytes,
+        norms.bytes, norms.parameters, workload.kv_bytes_per_token, workload.attention_width,
     )  # fmt: skip
 
 
@@ -65,7 +64,8 @@ def test_lines_hold_exactly_where_the_estimate_does(line: str, runtime: str, end
         assert judged is not None
         (budget,) = parse_budgets([line.format(f"{judged * rng.uniform(0.7, 1.4):.9f}")])
         loaded = workload.with_float32_weights() if runtime == "onnx" else workload
-        limits = headroom(profile, [budget], _place(runtime, prompt, context, packed, static, end))
+        place = _place(runtime, prompt, context, packed, static, end)
+        limits = headroom(profile, [budget], dataclasses.replace(place, apart=workload.weights_apart))
         held = all(limit.of(cost_of(workload, loaded)) <= limit.bound for limit in limits)
         assert held == budget.holds(judged), (budget, judged)
         seen.add(held)

@@ -12,11 +12,12 @@ from dwindle.devices import (
     measure,
     read_artifact,
     read_measurements,
+    rejudge,
     run,
     write_measurement,
 )
 from dwindle.errors import DataError
-from dwindle.report import Artifact, Metric, TargetVerdict
+from dwindle.report import Artifact, Metric, Report, TargetVerdict
 
 from .conftest import write_decoder
 
@@ -91,3 +92,16 @@ def test_this_machine_is_measured_once(run_folder: Path) -> None:
     (fresh,), lines = run(options, [exported(run_folder)], folder=run_folder)
     assert speed(fresh) != speed(first)
     assert [line.why for line in lines] == ["made on another machine"]
+
+
+def test_verdicts_of_a_run_are_made_anew_only_where_a_measurement_stands(run_folder: Path) -> None:
+    options = replace(ASKED, targets=("pixel-9", "pixel-8"))
+    verdicts, _ = run(options, [exported(run_folder)], folder=run_folder)
+    report = Report(artifacts=(exported(run_folder)[0],), targets=verdicts)
+    assert rejudge(report, options, run_folder) == verdicts
+    write_measurement(measured(run_folder), run_folder)
+    pixel_9, pixel_8 = rejudge(report, options, run_folder)
+    assert (speed(pixel_9).basis, speed(pixel_9).passed) == ("measured", True)
+    assert (speed(verdicts[0]).basis, speed(verdicts[0]).passed) == ("estimated", False)
+    assert pixel_8 == verdicts[1]
+    assert rejudge(report, replace(options, prompt_tokens=9), run_folder) == verdicts

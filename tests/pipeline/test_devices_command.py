@@ -39,6 +39,21 @@ def test_show_gives_each_number_its_source(capsys: pytest.CaptureFixture[str]) -
     assert data["runtimes"]["coreml"]["formats_by_os"]["iOS 18"][0] == "float16"
 
 
+def test_show_tells_what_others_published(capsys: pytest.CaptureFixture[str]) -> None:
+    out = invoke(capsys, "show", "raspberry-pi-5")[1]
+    assert "published  tinyllama-q4 on Raspberry Pi 5 (cpu): 10 tokens/s  [secondary, 2026-11] specpicks" in out
+    rows = json.loads(invoke(capsys, "show", "galaxy-s25-ultra", "--json")[1])["published"]
+    assert {row["model"]: row["decode"] for row in rows}["lfm2.5-1.2b-q4"] == 70
+    assert json.loads(invoke(capsys, "show", "pixel-9", "--json")[1])["published"] == []
+
+
+def test_published_devices_are_profiles_known_here() -> None:
+    from dwindle.devices.published import PROFILES, published
+
+    assert set(PROFILES) <= {row.device for row in published()}
+    assert set(PROFILES.values()) <= set(list_profiles())
+
+
 def test_check_of_everything_reports_the_calibration(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = invoke(capsys, "check")
     count = len(profile_files())

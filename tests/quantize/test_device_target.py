@@ -22,8 +22,12 @@ def test_a_model_of_the_target_peaks_at_the_memory_of_an_app(name: str, scheme: 
     profile = load_profile(name)
     found = device_target(profile, anatomy, QuantizeOptions(scheme=scheme), context=2048)
     kv_bytes = 2 * anatomy.layers * anatomy.kv_heads * anatomy.head_dim * 2
-    workload = Workload((LayerLoad("decoder", 1, found.target_bytes),), kv_bytes, anatomy.context, anatomy.vocab,
-                        found.target_bytes)  # fmt: skip
+    weights = anatomy.vocab * anatomy.width
+    table = LayerLoad("model.embed_tokens", weights, weights + 2 * anatomy.vocab, anatomy.tied, "int8")
+    ends = (table,) if anatomy.tied else (table, replace(table, name="lm_head", streamed=True))
+    rest = found.target_bytes - sum(end.bytes for end in ends)
+    linears = LayerLoad("decoder", 2 * rest, rest, format="palette4" if scheme == "palettize" else "int4")
+    workload = Workload((linears, *ends), kv_bytes, anatomy.context, anatomy.vocab, found.target_bytes)
     peak = estimate(profile, workload, context=2048, runtime=found.runtimes[0]).metrics["peak_memory_bytes"].value
     assert peak == pytest.approx(profile.memory.default.at(), rel=1e-6)
 
