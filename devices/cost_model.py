@@ -5,8 +5,8 @@ A roofline with one constant, per compute unit of the profile:
     weights  seconds per token = sum over layers of max(bytes / (share x bandwidth), 2 packed weights / decode compute)
     decode   seconds per token = weights + KV bytes / (share x bandwidth) + overhead
     prefill  time to first token = max((2 N T + 2 T^2 A) / effective compute, weights) + overhead
-    memory   resident weights + KV cache of the context x copies + logits of the prompt + fixed cost of the runtime
-    load     package / storage + resident weights / (share x bandwidth) + widened bytes x 7 ns + fixed cost
+    memory   max(weights while loading, weights + logits of the prompt) + KV cache of the context x copies + fixed cost
+    load     package / storage + weights while loading / (share x bandwidth) + widened bytes x 7 ns + fixed cost
 
 N is multiply-accumulates per token, T the prompt's length, A the attention width (layers x heads x width of a head;
 causal scores and mixtures are 2 T^2 A operations). Why so simple: at batch 1 a decoder reads every weight for every
@@ -23,9 +23,10 @@ the whole context's cache for every token. Eight bits with float32 activations a
 A runtime that computes in float32 alone (ONNX Runtime's CPU kernels) turns 16-bit weights into float32 when it loads
 them: it then reads 4 bytes a weight (`READS_FLOAT32`).
 
-Resident weights are the sum over layers of loaded bytes x copies, where the copies depend on what a weight is for and
+Weights in memory are the sum over layers of loaded bytes x copies, where the copies depend on what a weight is for and
 on where it lies (`MemoryCost.weight_copies`): a matrix that is repacked, a table that is also looked up in, floats
-inside the graph's file or mapped from one of their own. `resident_weight_bytes` is the one function that counts them.
+inside the graph's file (there twice while they are widened) or mapped from one of their own. `resident_weight_bytes`
+is the one function that counts them.
 
 Apple's 2024 on-device model on an iPhone 15 Pro, published as 30 tokens/s and 0.6 ms per prompt token
 (arXiv:2407.21075); 1.343 GB = 3.7 bits x 2.58B + 8 bits x 0.15B:
@@ -96,9 +97,9 @@ class MemoryCost:
     packed: Mapping[WeightUse, Range]
     """Copies of integers and palettes: 1 when mapped from the file, 2 when read and then repacked."""
     floats: Mapping[WeightUse, Range]
-    """Copies of floats in the graph's file, of their loaded bytes."""
-    floats_apart: Mapping[WeightUse, Range]
-    """Copies of floats that are mapped from a file of their own."""
+    """Copies of floats, of their loaded bytes; also while loading those that are mapped from a file of their own."""
+    floats_loading: Mapping[WeightUse, Range]
+    """Copies of floats in the graph's file while they are loaded."""
     cache_copies: Range
     """Copies of the KV cache; the high end, 2, is for past and present in separate tensors."""
     logit_copies: Range
@@ -106,9 +107,9 @@ class MemoryCost:
     fixed_bytes: Range
     """Runtime, graph and arenas of small tensors."""
 
-    def weight_copies(self, use: WeightUse, *, packed: bool, apart: bool) -> Range:
-        """Return the copies of such weights, in the graph's file or `apart` from it."""
-        return (self.packed if packed else self.floats_apart if apart else self.floats)[use]
+    def weight_copies(self, use: WeightUse, *, packed: bool, loading: bool = False) -> Range:
+        """Return the copies of such weights while the model runs, or while it is loading from the graph's file."""
+        return (self.packed if packed else self.floats_loading if loading else self.floats)[use]
 
     @classmethod
     def alike(cls, copies: Range, cache_copies: Range, logit_copies: Range, fixed_bytes: Range) -> MemoryCost:
@@ -120,22 +121,23 @@ class MemoryCost:
 
 MEMORY_COSTS: Mapping[str, MemoryCost] = {
     "onnx": MemoryCost(
-        packed={"linear": (1.0, 1.25, 2.0), "shared": (2.0, 2.76, 3.2), "embedding": (1.0, 1.25, 2.0),
-                "head": (1.0, 1.25, 2.0)},
-        floats={"linear": (1.0, 1.58, 2.1), "shared": (1.5, 2.5, 3.0), "embedding": (1.0, 1.58, 2.0),
-                "head": (1.0, 1.58, 2.0)},
-        floats_apart={"linear": (1.0, 1.1, 1.6), "shared": (1.0, 1.93, 2.5), "embedding": (1.0, 1.1, 1.5),
-                      "head": (1.0, 1.1, 1.5)},
+        packed={"linear": (1.0, 1.25, 2.0), "shared": (2.0, 2.76, 3.2), "embedding": (1.0, 1.1, 2.0),
+                "head": (1.0, 2.2, 2.6)},
+        floats={"linear": (1.0, 1.1, 1.6), "shared": (1.0, 1.93, 2.5), "embedding": (1.0, 1.1, 1.6),
+                "head": (1.0, 1.1, 1.6)},
+        floats_loading={"linear": (1.0, 1.58, 2.1), "shared": (1.5, 2.5, 3.0), "embedding": (1.0, 1.58, 2.1),
+                        "head": (1.0, 1.58, 2.1)},
         cache_copies=(1.0, 1.0, 2.0), logit_copies=(0.0, 2.0, 4.0),
         fixed_bytes=(5e6, 14e6, 40e6),
     ),
 }  # fmt: skip
-"""Per runtime where it was measured: ONNX Runtime 1.31, fresh processes on x86-64, random Llamas of 6M to 500M weights,
-float16 and int4 with an 8-bit table that is also the head (docs/experiments.md, "Measuring on targets"). Packed linears
-are held 1.25 times once repacked, the shared table 2.76 times: as it is looked up in, and repacked in two planes. Floats
-of the graph's file are there as stored and as float32 while loading. 12 to 16 MB for the smallest models; one more set
-of prompt logits for a head in two products. A graph in the fused form keeps one cache. An embedding or a head of its own
-was not measured: both count as linears do, with a wide range."""
+"""Per runtime where it was measured: ONNX Runtime 1.31, fresh processes on x86-64, random Llamas of 6M to 500M
+weights, float16 and int4 with an 8-bit table that is also the head (docs/experiments.md, "Measuring on targets").
+Packed linears are held 1.25 times once repacked, the shared table 2.76 times: as it is looked up in, and repacked as
+two planes. The floats of a graph's file are there as stored and as float32 while loading; the logits then take what is
+freed. 12 to 16 MB for the smallest models; one more set of prompt logits for a head in two products. A graph in the
+fused form keeps one cache. Of an int8 embedding beside an int8 head only the sum was measured, 3.3; in floats neither
+was: they count as linears do, with a wide range."""
 
 UNMEASURED_MEMORY_COST = MemoryCost.alike((1.0, 1.25, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (5e6, 15e6, 40e6))
 """For runtimes nobody could measure: weights mapped once, the cache kept in place. A guess with a wide range."""
@@ -217,9 +219,9 @@ def estimate(
     prompt, memory = min(prompt_tokens, room), memory_cost(chosen)
     cached = room if workload.static_shapes else prompt
     resident = resident_weight_bytes(workload, chosen)
-    timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, resident))
+    timed = (*machine.rates(loaded, prompt, cached), machine.loading(workload, loaded, resident.loading))
     more = products.get(workload.head_format or "", 1) - 1
-    ends = (_memory_bytes(workload, resident[end], memory, (prompt, room, more), end) for end in range(3))
+    ends = (_memory_bytes(workload, resident, memory, (prompt, room, more), end) for end in range(3))
     held = _metric("peak_memory_bytes", *ends)
     return Estimate(
         {m.name: m for m in (*timed, held, _package(workload))},
@@ -333,20 +335,32 @@ def memory_cost(runtime: str) -> MemoryCost:
     return MEMORY_COSTS.get(runtime, UNMEASURED_MEMORY_COST)
 
 
-def resident_weight_bytes(workload: Workload, runtime: str) -> Range:
-    """Return the bytes that a runtime holds for the weights at most, while it loads them or after.
+@dataclass(frozen=True)
+class Resident:
+    """Bytes that a runtime holds for the weights: at most while it loads them, and while it runs."""
 
-    A float16 table of 1,000 weights inside an ONNX graph: 4 bytes each once loaded, held 1.8 times.
+    loading: Range
+    running: Range
 
-    >>> table = Workload((LayerLoad("lm_head", 1000, 2000, format="float16"),), 0, 8, 10, 2000)
-    >>> resident_weight_bytes(table, "onnx")[1]
-    7200.0
+
+def resident_weight_bytes(workload: Workload, runtime: str) -> Resident:
+    """Return the bytes that a runtime holds for the weights.
+
+    A float16 matrix of 1,000 weights inside an ONNX graph: 4 bytes each once loaded, held 1.58 times meanwhile.
+
+    >>> matrix = Workload((LayerLoad("q_proj", 1000, 2000, format="float16"),), 0, 8, 10, 2000)
+    >>> held = resident_weight_bytes(matrix, "onnx")
+    >>> held.loading[1], held.running[1]
+    (6320.0, 4400.0)
     """
-    cost, apart = memory_cost(runtime), workload.weights_apart
-    loaded = _loaded(workload, runtime).layers
-    held = [(x.bytes, cost.weight_copies(x.use, packed=x.packed, apart=apart)) for x in loaded]
-    low, middle, high = (sum(count * copies[end] for count, copies in held) for end in range(3))
-    return low, middle, high
+    cost, loaded = memory_cost(runtime), _loaded(workload, runtime).layers
+
+    def held(loading: bool) -> Range:
+        all_copies = [(x.bytes, cost.weight_copies(x.use, packed=x.packed, loading=loading)) for x in loaded]
+        low, middle, high = (sum(count * copies[end] for count, copies in all_copies) for end in range(3))
+        return low, middle, high
+
+    return Resident(held(not workload.weights_apart), held(False))
 
 
 def _loaded(workload: Workload, runtime: str) -> Workload:
@@ -354,7 +368,7 @@ def _loaded(workload: Workload, runtime: str) -> Workload:
 
 
 def _memory_bytes(
-    workload: Workload, resident: float, cost: MemoryCost, lengths: tuple[int, int, int], end: int
+    workload: Workload, resident: Resident, cost: MemoryCost, lengths: tuple[int, int, int], end: int
 ) -> float:
     """Return bytes at one end of the range.
 
@@ -362,9 +376,9 @@ def _memory_bytes(
     """
     prompt, context, more = lengths
     copies = cost.cache_copies[2 if workload.copies_cache else end]
+    logits = 4 * prompt * workload.vocabulary * (cost.logit_copies[end] + (more if end else 0))
     return (
-        resident
+        max(resident.loading[end], resident.running[end] + logits)
         + workload.kv_bytes_per_token * context * copies
-        + 4 * prompt * workload.vocabulary * (cost.logit_copies[end] + (more if end else 0))
         + cost.fixed_bytes[end]
     )

@@ -9,14 +9,15 @@ and u = decode compute / 2 (where the unit has one and the weights are packed), 
                          + other bytes / r + KV bytes x cached tokens / r + overhead
     tokens/s >= R        seconds of a token <= 1 / R                      four lines: either side of either maximum
     first token <= t     2 N T + 2 T^2 A <= (t - overhead) x compute      and four lines without the cache
-    memory <= M          resident weights + copies x context x KV <= M - logits of the prompt - fixed cost
-    load <= s            package / storage + resident weights / r + widened bytes x 7 ns <= s - fixed cost
+    memory <= M          weights + copies x context x KV <= M - logits of the prompt - fixed cost, and without the
+                         logits for the weights while loading
+    load <= s            package / storage + weights while loading / r + widened bytes x 7 ns <= s - fixed cost
     package <= P         stored <= P
 
 Weights of a format that a runtime multiplies in several products (`PRODUCTS`) count as many times in u's lines. A
-graph is taken to keep one cache (the fused form). Resident weights are loaded bytes times the copies of their use; a
-model is either small enough for one file or keeps its weights apart (`Place.apart`), each with copies of
-its own, so a search is made for both. A test holds these lines to `estimate`, budget by budget.
+graph is taken to keep one cache (the fused form). Weights are loaded bytes times the copies of their use; a model is
+either small enough for one file or keeps its weights apart (`Place.apart`), with other copies while it loads: a search
+asks for both. A test holds these lines to `estimate`, budget by budget.
 
 >>> from dwindle.devices.budgets import parse_budgets
 >>> from dwindle.devices.device_profile import load_profile
@@ -116,8 +117,8 @@ class Place:
         """Return how many products the runtime makes of one with weights in this format."""
         return PRODUCTS.get(self.runtime, {}).get(form or "", 1)
 
-    def resident(self, column: int) -> dict[str, float]:
-        """Return the resident bytes of each loaded byte, by the fields of `Cost`."""
+    def resident(self, column: int, *, loading: bool) -> dict[str, float]:
+        """Return the bytes in memory for each loaded byte, by the fields of `Cost`."""
         table = self.packed if self.table_format is None else self.table_format not in FLOAT_FORMATS
         weights: dict[str, tuple[WeightUse, bool]] = {
             "linear_bytes": ("linear", self.packed),
@@ -127,7 +128,7 @@ class Place:
         }
         cost = memory_cost(self.runtime)
         return {
-            name: cost.weight_copies(use, packed=packed, apart=self.apart)[column]
+            name: cost.weight_copies(use, packed=packed, loading=loading and not self.apart)[column]
             for name, (use, packed) in weights.items()
         }
 
@@ -162,14 +163,15 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
         yield from _reading(name, limit - overhead, unit, rate, place, 0.0)
     elif name == "peak_memory_bytes":
         copies = cost.logit_copies[column] + place.products(place.table_format) - 1
-        rest = 4 * prompt * place.vocabulary * copies + cost.fixed_bytes[column]
-        yield Limit(**place.resident(column), kv=place.context * cost.cache_copies[column], metric=name,
-                    bound=limit - rest)  # fmt: skip
+        logits = 4 * prompt * place.vocabulary * copies
+        for loading, rest in ((False, logits), (True, 0)):
+            yield Limit(**place.resident(column, loading=loading), kv=place.context * cost.cache_copies[column],
+                        metric=name, bound=limit - rest - cost.fixed_bytes[column])  # fmt: skip
     elif name == "load_seconds":
         if profile.storage is None:
             raise RecipeError(f"{profile.title}: the profile has no storage, which load_seconds is estimated from.")
         grown = WIDENING_SECONDS[column]  # per byte widened = loaded - stored
-        each = {name: copies / rate + grown for name, copies in place.resident(column).items()}
+        each = {name: copies / rate + grown for name, copies in place.resident(column, loading=True).items()}
         yield Limit(stored=1 / profile.storage.at(end) - grown, **each, metric=name,
                     bound=limit - LOAD_SECONDS[column])  # fmt: skip
     else:

@@ -272,7 +272,7 @@ def _machines(
                 "context": context,
                 "fixed": _ends([*bare.layers, bare.cache, bare.overhead]),
                 "memory": peaks,
-                "copies": memory_cost(runtime).weight_copies("linear", packed=True, apart=False)[1],
+                "copies": memory_cost(runtime).weight_copies("linear", packed=True)[1],
                 "limit": profile.memory.default.at(),
             }
         )

@@ -2,9 +2,9 @@
 
 `dwindle.devices` estimates the peak memory of a model as
 
-    resident weights + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
+    weights x copies + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
 
-where weights are resident as often as their use has it (`devices.cost_model.resident_weight_bytes`). Embedding and
+where weights are held as often as their use has it (`devices.cost_model.resident_weight_bytes`). Embedding and
 head have the size that the options give them; solved for the linears at the middle of every range, with the memory an
 app may use without asking (`memory.default` of the profile), that is the target. A device also decides the format: a
 plan may only use bits that its runtime executes there, which is the common part of what the runtime carries anywhere
@@ -160,9 +160,9 @@ def _weight_bytes(
     profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, tables: Workload
 ) -> tuple[int, int, int]:
     """Return the bytes left for weights if everything else is dear, in the middle, and cheap."""
-    cost, held = memory_cost(runtime), resident_weight_bytes(tables, runtime)
+    cost, held = memory_cost(runtime), resident_weight_bytes(tables, runtime).running
     more = _more_logits(runtime, tables)
-    copies = cost.weight_copies("linear", packed=True, apart=False)
+    copies = cost.weight_copies("linear", packed=True)
     low, middle, high = (
         tables.weight_bytes
         + math.floor(
@@ -183,7 +183,7 @@ def _weight_bytes(
 def _explanation(
     profile: DeviceProfile, anatomy: Anatomy, runtime: str, tokens: int, tables: Workload, weights: int
 ) -> list[str]:
-    cost, copies = memory_cost(runtime), memory_cost(runtime).weight_copies("linear", packed=True, apart=False)[1]
+    cost, copies = memory_cost(runtime), memory_cost(runtime).weight_copies("linear", packed=True)[1]
     cache = cost.cache_copies[1] * _cache_bytes(anatomy, tokens)
     logits = (cost.logit_copies[1] + _more_logits(runtime, tables)) * _logit_bytes(anatomy, tokens)
     known = "measured" if runtime in MEMORY_COSTS else "estimated"
@@ -192,7 +192,7 @@ def _explanation(
         f"{_megabytes(_memory(profile))} that one app may use ({profile.memory.default.trust})",
         f"less {_megabytes(cache)} for the KV cache of {tokens:,} tokens",
         f"less {_megabytes(logits)} for logits and {_megabytes(cost.fixed_bytes[1])} for the runtime",
-        f"less {_megabytes(resident_weight_bytes(tables, runtime)[1])} for the embedding"
+        f"less {_megabytes(resident_weight_bytes(tables, runtime).running[1])} for the embedding"
         f"{'' if anatomy.tied else ' and the head'}",
         f"divided by {copies:g} copies of the linears ({known}), plus {_megabytes(tables.weight_bytes)} as stored",
         f"leaves {_megabytes(weights)} for the model",

@@ -23,8 +23,8 @@ def test_roofline_by_hand(toaster: Path, artifact: Artifact) -> None:
     assert metrics["tokens_per_second"].value == pytest.approx(1 / seconds)
     assert metrics["tokens_per_second_sustained"].value == pytest.approx(0.5 / seconds)
     assert metrics["time_to_first_token_seconds"].value == pytest.approx(2 * 16.5e6 * 100 / 100e9 + 1e-3)
-    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx")[1]
-    memory = held + 512 * 1000 + 2 * 4 * 100 * 1000 + 14e6
+    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx")
+    memory = max(held.loading[1], held.running[1] + 2 * 4 * 100 * 1000) + 512 * 1000 + 14e6
     assert metrics["peak_memory_bytes"].value == pytest.approx(memory)
     assert metrics["package_bytes"].value == 10_100_000
     assert metrics["package_bytes"].basis == "measured"
@@ -80,12 +80,12 @@ def test_onnx_reads_half_floats_as_float32(toaster: Path, artifact: Artifact) ->
     workload = Workload.from_artifact(replace(artifact, details={"layers": rows}))
     found = estimate(load_profile(toaster), workload, prompt_tokens=1).metrics
     assert found["tokens_per_second"].value == pytest.approx(1 / (4e6 / 5e9 + 1e-3))
-    copies = MEMORY_COSTS["onnx"].floats["linear"][1]
+    copies = MEMORY_COSTS["onnx"].floats_loading["linear"][1]
     assert found["peak_memory_bytes"].value == pytest.approx(copies * 4e6 + 14e6)
     phone = load_profile("iphone-15-pro")
     as_onnx = estimate(phone, workload, prompt_tokens=1).metrics["peak_memory_bytes"].low or 0
     as_core_ml = estimate(phone, replace(workload, format="coreml"), prompt_tokens=1).metrics["peak_memory_bytes"].low
-    assert as_onnx - (as_core_ml or 0) == pytest.approx(MEMORY_COSTS["onnx"].floats["linear"][0] * 4e6 - 2e6)
+    assert as_onnx - (as_core_ml or 0) == pytest.approx(MEMORY_COSTS["onnx"].floats_loading["linear"][0] * 4e6 - 2e6)
 
 
 def test_any_float_is_converted_on_export(artifact: Artifact) -> None:
@@ -230,7 +230,7 @@ def test_layers_cache_and_overhead_sum_to_a_token(device: str) -> None:
 
 def test_load_time_is_package_then_copies(slow_toaster: Path, artifact: Artifact) -> None:
     """10.1 MB from a disk of 1 GB/s, what is held of 10 MB at 5 GB/s, 0.1 s for the runtime."""
-    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx")[1]
+    held = resident_weight_bytes(Workload.from_artifact(artifact), "onnx").loading[1]
     load = estimate(load_profile(slow_toaster), Workload.from_artifact(artifact)).metrics["load_seconds"]
     assert load.value == pytest.approx(10.1e6 / 1e9 + held / 5e9 + 0.1)
     assert (load.low or 0) < (load.value or 0) < (load.high or 0)
@@ -279,15 +279,29 @@ def _weights(tied: bool, form: str, apart: bool | None = None) -> Workload:
 
 def test_weights_are_held_as_often_as_their_use_has_it() -> None:
     cost = MEMORY_COSTS["onnx"]
-    for form, wide, copies in (("int4", 0.5, cost.packed), ("float16", 4, cost.floats), ("float32", 4, cost.floats)):
-        for end in range(3):
-            shared = wide * (10**6 * copies["linear"][end] + 500_000 * copies["shared"][end])
-            assert resident_weight_bytes(_weights(True, form), "onnx")[end] == pytest.approx(shared)
-            own = wide * (10**6 * copies["linear"][end] + 500_000 * (copies["embedding"][end] + copies["head"][end]))
-            assert resident_weight_bytes(_weights(False, form), "onnx")[end] == pytest.approx(own)
-    mapped = 4 * (10**6 * cost.floats_apart["linear"][1] + 500_000 * cost.floats_apart["shared"][1])
-    assert resident_weight_bytes(_weights(True, "float16", apart=True), "onnx")[1] == pytest.approx(mapped)
-    assert resident_weight_bytes(_weights(False, "float16"), "coreml")[1] == pytest.approx(1.25 * 4e6)
+    for form, wide, running, loading in (("int4", 0.5, cost.packed, cost.packed),
+                                         ("float16", 4, cost.floats, cost.floats_loading)):  # fmt: skip
+        for tied, ends in ((True, ("shared",)), (False, ("embedding", "head"))):
+            held = resident_weight_bytes(_weights(tied, form), "onnx")
+            for found, copies in ((held.running, running), (held.loading, loading)):
+                tables = [sum(copies[use][end] for use in ends) for end in range(3)]
+                wanted = [wide * (10**6 * copies["linear"][end] + 500_000 * tables[end]) for end in range(3)]
+                assert found == pytest.approx(wanted), (form, tied)
+    mapped = resident_weight_bytes(_weights(True, "float16", apart=True), "onnx")
+    assert mapped.loading == mapped.running
+    assert resident_weight_bytes(_weights(False, "float16"), "coreml").running[1] == pytest.approx(1.25 * 4e6)
+
+
+def test_logits_find_their_place_in_what_loading_frees() -> None:
+    """Floats of the graph's file peak while they are loaded; logits count only once they are more than is freed."""
+    workload = replace(_weights(True, "float16"), vocabulary=1000, context_length=4096)
+    peaks = [
+        estimate(load_profile("laptop-ddr5"), workload, tokens).metrics["peak_memory_bytes"].value or 0
+        for tokens in (1, 100, 1000)
+    ]
+    held = resident_weight_bytes(workload, "onnx")
+    assert peaks[0] == peaks[1] == pytest.approx(held.loading[1] + 14e6)
+    assert peaks[2] == pytest.approx(held.running[1] + 2 * 4 * 1000 * 1000 + 14e6)
 
 
 def test_weights_lie_apart_from_the_size_on_that_the_exporter_has() -> None:
