@@ -171,8 +171,8 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
         if profile.storage is None:
             raise RecipeError(f"{profile.title}: the profile has no storage, which load_seconds is estimated from.")
         grown = WIDENING_SECONDS[column]  # per byte widened = loaded - stored
-        each = {name: copies / rate + grown for name, copies in place.resident(column, loading=True).items()}
-        yield Limit(stored=1 / profile.storage.at(end) - grown, **each, metric=name,
+        held = {name: copies / rate + grown for name, copies in place.resident(column, loading=True).items()}
+        yield Limit(stored=1 / profile.storage.at(end) - grown, **held, metric=name,
                     bound=limit - LOAD_SECONDS[column])  # fmt: skip
     else:
         yield Limit(stored=1, metric=name, bound=limit)

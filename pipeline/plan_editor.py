@@ -262,7 +262,7 @@ def _machines(
         for key, column in tables.items():
             column.append(_ends([times[key]]) if key in times else None)
         large = estimate(profile, _with_layers(frame, fixed, True), context=context, runtime=runtime)
-        peaks = [found.metrics["peak_memory_bytes"].value for found in (bare, large)]
+        peaks = [one.metrics["peak_memory_bytes"].value for one in (bare, large)]
         machines.append(
             {
                 "device": profile.name,
