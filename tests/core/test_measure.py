@@ -106,9 +106,17 @@ def test_training_mode_is_restored(tiny_bundle: Any) -> None:
 
 
 def test_another_vocabulary_size_is_refused(tiny_bundle: Any) -> None:
-    bundle, teacher = tiny_bundle(), tiny_bundle(vocab_size=300)
-    with pytest.raises(UnsupportedModel, match=r"300 entries, the student's 272.*Or measure without"):
+    bundle, teacher = tiny_bundle(), tiny_bundle(vocab_size=264)
+    with pytest.raises(UnsupportedModel, match=r"264 entries, the student's 272.*Or measure without"):
         Meter(token_set(bundle, random_ids(20)), teacher).measure(bundle)
+
+
+def test_rows_of_no_token_in_the_teacher_are_left_out(tiny_bundle: Any) -> None:
+    bundle, teacher, ids = tiny_bundle(), tiny_bundle(vocab_size=300), random_ids(20)
+    found = Meter(token_set(bundle, ids), teacher).measure(bundle)
+    with torch.no_grad():
+        p, q = (one.model(torch.tensor([ids[:-1]])).logits[..., :272].log_softmax(-1) for one in (teacher, bundle))
+    assert found.kl_nats_per_token == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
 
 
 def test_another_tokenizer_is_refused(tiny_bundle: Any) -> None:

@@ -41,10 +41,10 @@ def test_the_student_follows_the_mean_of_their_probabilities(tiny_bundle: Factor
 
 def test_teachers_that_do_not_fit_are_named(tiny_bundle: Factory, tmp_path: Path) -> None:
     first, student = tiny_bundle(seed=1), tiny_bundle(seed=3)
-    tiny_bundle(seed=2, vocab_size=student.anatomy.vocab + 8).save(tmp_path / "wide")
-    wide = DistillOptions(steps=1, batch_size=8, other_teachers=(TeacherSpec(str(tmp_path / "wide"), 0.3),))
-    with pytest.raises(RecipeError, match=r"teacher .*wide: the teacher's vocabulary has"):
-        run(student, wide, teacher=first, train=tokens(student))
+    tiny_bundle(seed=2, vocab_size=student.anatomy.vocab - 8).save(tmp_path / "narrow")
+    narrow = DistillOptions(steps=1, batch_size=8, other_teachers=(TeacherSpec(str(tmp_path / "narrow"), 0.3),))
+    with pytest.raises(RecipeError, match=r"teacher .*narrow: the teacher's vocabulary has"):
+        run(student, narrow, teacher=first, train=tokens(student))
     with pytest.raises(RecipeError, match=r"share=1\.5 of teacher a"):
         TeacherSpec("a", 1.5)
     pair = (TeacherSpec("a", 0.6), TeacherSpec("b", 0.5))
