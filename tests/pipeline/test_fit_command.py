@@ -171,8 +171,8 @@ def test_without_a_place_the_recipe_is_printed(capsys: pytest.CaptureFixture[str
 
 
 def test_a_cut_vocabulary_is_part_of_the_plan(capsys: pytest.CaptureFixture[str], assets: Path, tmp_path: Path) -> None:
-    words = ["-m", assets / "models" / "pycode-6m", *PHONE, "--memory", "18MB", "--vocabulary", 2000, "--json",
-             "--set", "prompt_tokens=128"]  # fmt: skip
+    words = ["-m", assets / "models" / "pycode-6m", *PHONE, "--memory", "18MB", "--vocabulary", 2000,
+             "--set", "prompt_tokens=128", "--json"]  # fmt: skip
     code, out, err = invoke(capsys, *words)
     assert code == 0, err
     best = json.loads(out)["chosen"]
