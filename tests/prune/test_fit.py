@@ -124,6 +124,33 @@ def test_the_search_finds_the_best_of_all_shapes(
     assert all(candidate.holds for candidate in plan.candidates)
 
 
+@pytest.mark.parametrize("memory", ["14.9MB", "15.05MB"])
+def test_the_best_is_found_on_either_side_of_weights_apart(
+    slow_phone: DeviceProfile, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats that lie apart load in less memory: a model just above that size may fit where a smaller one does not."""
+    above = 700_000
+    for module in ("dwindle.devices.workload", "dwindle.prune.fit"):
+        monkeypatch.setattr(f"{module}.WEIGHTS_APART_ABOVE_BYTES", above)
+    config = config_of(intermediate_size=300, num_hidden_layers=3)
+    options = FitOptions("iphone-15-pro", {"memory": memory}, runtime="onnx")
+    (limit,) = options.parsed_budgets()
+    full = Shape.of(anatomy_of(config))
+    monkeypatch.setattr("dwindle.prune.fit.storages", lambda *_: (Storage("float", 32, 32),))
+    worths, refused = {}, []
+    for shape, _ in every_shape(config, options):
+        workload = planned_workload(shape, Storage("float", 32, 32), 64, 4, False)
+        peak = estimate(slow_phone, workload, 64, 64, "onnx").metrics["peak_memory_bytes"].value or 0
+        if limit.holds(peak):
+            worths[effective_parameters(shape, full, 32)] = workload.weights_apart
+        elif not workload.weights_apart:
+            refused.append(workload.weight_bytes)
+    plan = planned(slow_phone, {"memory": memory}, config, runtime="onnx", prompt_tokens=64)
+    assert plan.chosen.effective_parameters == pytest.approx(max(worths), rel=1e-12)
+    assert refused
+    assert worths[max(worths)] == (memory == "15.05MB")
+
+
 def test_a_narrower_space_is_searched_exactly_too(slow_phone: DeviceProfile) -> None:
     plan = planned(slow_phone, {"package": "300KB"}, axes=("ffn", "layers"), bits=4)
     full = plan.full
