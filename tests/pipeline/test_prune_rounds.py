@@ -17,6 +17,7 @@ def test_rounds_run_as_steps_of_their_own(recipe_of: Callable[..., Recipe], tmp_
     assert [step.name for step in report.steps] == ["prune", "distill", "prune", "distill"]
     assert [step.details["ffn_width"] for step in report.steps if step.name == "prune"] == [[128, 96], [96, 64]]
     assert sorted(place.name for place in (tmp_path / "out" / "steps").iterdir()) == [
+        "00-samples",
         "00-teacher", "01-prune", "02-distill", "03-prune", "04-distill",
     ]  # fmt: skip
     told: list[str] = []
