@@ -251,6 +251,8 @@ def test_a_missing_library_names_the_pip_line(
     bundle = tiny_bundle("llama")
     export.run(bundle, ONNX, tmp_path)
     for name in [n for n in sys.modules if n.startswith("dwindle.export.onnx_")]:
+        # Set to what it is, so that the package, too, has this very module again afterwards and not a second one.
+        monkeypatch.setattr(export, name.rpartition(".")[2], sys.modules[name])
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtra, match=r"pip install 'dwindle\[onnx\]'"):
