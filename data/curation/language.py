@@ -46,8 +46,7 @@ class LanguageFilter:
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document if its language is wanted."""
-        if document.how.get("kind") == "code":
-            count.changes["documents of source code, passed by"] += 1
+        if count.passes_by(document, "code"):
             return document
         language, score = language_of(document.text[: self.characters])
         if language not in self.keep:

@@ -46,8 +46,7 @@ class Repetition:
 
     def edit(self, document: Document, count: StageCount) -> Document | None:
         """Return the document if it does not repeat itself too much."""
-        if document.how.get("kind") == "code" and not self.code:
-            count.changes["documents of source code, passed by"] += 1
+        if not self.code and count.passes_by(document, "code"):
             return document
         words = hashed_words([document.text]).hashes
         if len(words) >= self.least_words and (broken := self._broken(words)) is not None:

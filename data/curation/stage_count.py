@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from dwindle.data.document import Document
 
@@ -73,6 +73,13 @@ class StageCount:
         """Count a document that goes out."""
         self.documents_out += 1
         self.bytes_out += document.bytes
+
+    def passes_by(self, document: Document, kind: Literal["code", "prose"]) -> bool:
+        """Return whether the document is of that kind, which a stage lets through unread, and count it."""
+        if (document.how.get("kind") == "code") != (kind == "code"):
+            return False
+        self.changes[f"documents of {'source code' if kind == 'code' else 'prose'}, passed by"] += 1
+        return True
 
     def drop(self, document: Document, why: str, detail: str = "") -> None:
         """Count a document that goes no further; `why` is one of a few reasons, `detail` belongs to the example."""
