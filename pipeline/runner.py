@@ -151,8 +151,8 @@ class _Line:
         inputs = {"model": source.sha256}
         if step.name == "distill":
             inputs["guide"] = self.guide.sha256
-            for place in options.other_teachers:
-                inputs[f"teacher {place.model}"] = str(distill.model_files_sha256(find_folder(place.model)[0]))
+            for other in options.other_teachers:
+                inputs[f"teacher {other.model}"] = str(distill.model_files_sha256(find_folder(other.model)[0]))
             if options.data is not None:
                 inputs["train"] = self.texts.of_step(options.data, self.teacher).sha256
         key = self._key(step.name, variant, options, inputs, _ROOMS.get(step.name, step.name))

@@ -176,3 +176,18 @@ def test_a_distillation_that_makes_it_worse_is_told(recipe_of: Callable[..., Rec
     report = run(recipe_of(steps=[{"prune": {"ffn_keep": 0.75}}, ruined]), tmp_path / "out")
     assert report.steps[1].after.kl_nats_per_token > report.steps[0].after.kl_nats_per_token
     assert any("an improvement by distill" in line.what and "KL" in line.why for line in report.skipped)
+
+
+def test_a_line_learns_from_two_teachers(
+    recipe_of: Callable[..., Recipe], workshop: Path, tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A change in the second teacher's weights, too, makes the step anew."""
+    second = tmp_path / "second"
+    steps = [{"distill": {"steps": 2, "batch_size": 4, "other_teachers": [{"model": str(second), "share": 0.3}]}}]
+    said: list[str] = []
+    for seed in (1, 1, 2):
+        tiny_bundle("llama", seed=seed).save(second)
+        run(recipe_of(steps=steps), tmp_path / "out", notify=said.append)
+    began = [line for line in said if line.startswith("distill: ") and line.endswith(("running", "taken over"))]
+    assert began == ["distill: running", "distill: unchanged, taken over", "distill: running"]
+    assert (tmp_path / "out" / "steps" / "01-distill" / "model").is_dir()
