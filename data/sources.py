@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import io
+import itertools
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,15 +87,19 @@ def read_documents(
     whole_files: bool | None = False,
     exclude: Sequence[str] = (),
     left_out: list[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Document]:
     """Yield the documents of a source in order; white space alone is no document. Raises DataError.
 
     With `whole_files`, a text file is not cut into stretches; None leaves source code whole and cuts prose. Files
     below a folder that match a pattern of `exclude` are not read; those that are no text are added to `left_out`.
+    `part` (i, n) reads every n-th file of a folder, from the i-th on; anything else is one file, of part 0.
     """
     source = Source.parse(spec, text_column)
     if source.path.is_dir():
-        yield from _read_folder(source, whole_files, exclude, [] if left_out is None else left_out)
+        yield from _read_folder(source, whole_files, exclude, [] if left_out is None else left_out, part)
+    elif part[0] % part[1]:
+        return
     elif source.path.exists():
         yield from _read_file(source.path, source.column, whole_files)
     elif _is_hub_name(source.place):
@@ -183,10 +188,10 @@ def _folder_files(folder: Path) -> Iterator[Path]:
 
 
 def _read_folder(
-    source: Source, whole_files: bool | None, exclude: Sequence[str], left_out: list[str]
+    source: Source, whole_files: bool | None, exclude: Sequence[str], left_out: list[str], part: tuple[int, int]
 ) -> Iterator[Document]:
     found = 0
-    for path in _folder_files(source.path):
+    for path in itertools.islice(_folder_files(source.path), part[0] % part[1], None, part[1]):
         inside = path.relative_to(source.path).as_posix()
         if any(fnmatch.fnmatchcase(inside, pattern) for pattern in exclude):
             continue
@@ -200,5 +205,5 @@ def _read_folder(
             yield document
     if left_out:
         _LOG.warning("%s: %d file(s) left out: %s", source.path, len(left_out), offenders(left_out, limit=5))
-    if not found:
+    if not found and part[1] == 1:
         raise DataError(f"{source.path}: no file in the folder holds text. Name the right folder.")

@@ -149,7 +149,8 @@ def _window(options: DataOptions, context: int) -> int:
         return min(context, _LONGEST_DEFAULT_CONTEXT)
     if options.context > context:
         raise DataError(
-            f"data.context={options.context:,} is longer than the model's context of {context:,}. Shorten it."
+            f"data.context={options.context:,} is longer than the model's context of {context:,}. Shorten it, or "
+            "stretch the model by rope_scaling in its config.json (docs/data.md, Curricula)."
         )
     return options.context
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from dwindle.adapters import read_task
 from dwindle.anatomy import Anatomy, anatomy_of, require_dense
-from dwindle.errors import RecipeError
+from dwindle.data import DataOptions
+from dwindle.data.sources import check_sources
+from dwindle.errors import DataError, RecipeError
 from dwindle.pipeline.export_plan import planned_exports
 from dwindle.pipeline.recipe import Recipe
 
-__all__ = ["plan", "require_carried"]
+__all__ = ["plan", "require_carried", "require_stages"]
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
     anatomy = anatomy_of(config)
     require_carried(recipe, anatomy)
+    require_stages(recipe, anatomy)
     lines = [
         f"teacher   {recipe.teacher} ({anatomy.model_type}, {anatomy.layers} layers, width {anatomy.width}, "
         f"{_ffn(anatomy)}, vocabulary {anatomy.vocab:,})",
@@ -70,3 +73,26 @@ def require_carried(recipe: Recipe, anatomy: Anatomy) -> None:
     for name in ("quantize", "recover", "adapt", "export"):
         if any(step.name == name for step in recipe.steps):
             require_dense(anatomy, name)
+
+
+def require_stages(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Raise RecipeError for training steps whose own text is missing or whose windows are longer than the teacher
+    takes: a curriculum's last stage is not to fail after days of the first.
+    """
+    wrong = []
+    for (index, _), options in recipe.options.items():
+        own = getattr(options, "data", None)
+        if not isinstance(own, DataOptions):
+            continue
+        where = f"steps[{index}].{recipe.steps[index].name}.data"
+        if own.context is not None and own.context > anatomy.context:
+            wrong.append(
+                f"{where}: context={own.context:,} is longer than the teacher's {anatomy.context:,} (shorten it, or "
+                "stretch the teacher by rope_scaling in its config.json: docs/data.md, Curricula)"
+            )
+        try:
+            check_sources(own.train, own.text_column)
+        except DataError as error:
+            wrong.append(f"{where}: {str(error).removesuffix('.')}")
+    if wrong:
+        raise RecipeError("; ".join(dict.fromkeys(wrong)) + ".")

@@ -22,7 +22,7 @@ from dwindle.model_source import find_folder
 from dwindle.pipeline.adapter_steps import ADAPTER_STEPS, AdapterSteps, require_trainable
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
-from dwindle.pipeline.plan import require_carried
+from dwindle.pipeline.plan import require_carried, require_stages
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.run_texts import RunTexts
@@ -67,6 +67,7 @@ class _Line:
             recipe.teacher, trust_remote_code=recipe.trust_remote_code, torch_device=torch_device
         )
         require_carried(recipe, self.teacher.anatomy)
+        require_stages(recipe, self.teacher.anatomy)
         self._check_space()
         self.texts = RunTexts(recipe.data, self.teacher, notify)
         self.texts.write_held_out(self.folder.path / "data" / "evaluation.txt")

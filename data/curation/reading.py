@@ -22,10 +22,10 @@ __all__ = ["SourceReading"]
 
 
 class SourceReading:
-    """One pass over a source, and what it found."""
+    """One pass over a source, or over every n-th file of it from the i-th on (part i, n), and what it found."""
 
-    def __init__(self, options: SourceOptions) -> None:
-        self.options = options
+    def __init__(self, options: SourceOptions, part: tuple[int, int] = (0, 1)) -> None:
+        self.options, self.part = options, part
         self.documents = self.bytes = 0
         self.left_out: list[str] = []
         """Files of a folder that are no text, with the reason."""
@@ -36,7 +36,7 @@ class SourceReading:
         options = self.options
         place = Source.parse(options.place, options.text).path
         everything = read_documents(options.place, options.text, whole_files=self._whole, left_out=self.left_out,
-                                    exclude=options.exclude)  # fmt: skip
+                                    exclude=options.exclude, part=self.part)  # fmt: skip
         for file, documents in itertools.groupby(everything, key=lambda document: document.source):
             inside = _relative(file, place)
             code = options.kind == "code" or (options.kind is None and suffix(Path(file)) in CODE_SUFFIXES)
