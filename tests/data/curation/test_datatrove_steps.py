@@ -1,13 +1,14 @@
 """Curation by datatrove's executors: the same records as on one machine, and what they cannot do is refused.
 
 datatrove asks for another huggingface-hub than dwindle's other parts: it is run in the peers' environment, if there is
-one (`make peers`), or in this one where it can be imported.
+one (`.venv-peers-3`, or the Python that DWINDLE_DATATROVE_PYTHON names), or in this one where it can be imported.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -70,12 +71,13 @@ def datatrove(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             (package / place.name).symlink_to(place)
         for room in ("data", "pipeline"):
             spec = importlib.util.find_spec(f"dwindle.{room}")
-            assert spec is not None and spec.origin is not None
+            assert spec is not None
+            assert spec.origin is not None
             if not (package / room).exists():
                 (package / room).symlink_to(Path(spec.origin).parent)
         yield python, os.environ | {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     else:
-        pytest.skip("no Python with datatrove: make peers")
+        pytest.skip("no Python with datatrove: make .venv-peers-3/.ready")
 
 
 def records(files: Iterator[Path]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def test_near_duplicates_are_found_across_tasks(
 def test_parts_of_a_folder_are_all_of_it_and_nothing_twice(recipe: Path, tmp_path: Path) -> None:
     whole = [document.text for document in read_documents(str(tmp_path / "parts"), "text")]
     parts = [[d.text for d in read_documents(str(tmp_path / "parts"), "text", part=(i, 5))] for i in range(5)]
-    assert sorted(sum(parts, [])) == sorted(whole)
+    assert sorted(itertools.chain(*parts)) == sorted(whole)
     assert [len(part) for part in parts] == [21, 21, 21, 0, 0]
     alone = [list(read_documents(str(tmp_path / "notes.txt"), "text", part=(i, 2))) for i in range(2)]
     assert [len(part) for part in alone] == [5, 0]
