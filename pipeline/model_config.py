@@ -19,7 +19,7 @@ from dwindle.errors import RecipeError, UnsupportedModel
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
 
-__all__ = ["ModelConfig", "model_config", "teacher_config"]
+__all__ = ["ModelConfig", "decoder_config", "model_config", "teacher_config"]
 
 _CONFIG = "config.json"
 _WIDTHS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -44,6 +44,14 @@ def model_config(name: str) -> ModelConfig:
 
     with _place(name) as (folder, shown):
         return _read(folder, shown, load_config)
+
+
+def decoder_config(name: str) -> Any:
+    """Return the config of a decoder of the table, float or quantized, known by a folder, an id or a JSON file."""
+    from dwindle.model_source import load_config
+
+    with _place(name) as (folder, shown):
+        return _config(folder, shown, load_config)
 
 
 def teacher_config(name: str) -> Any:

@@ -116,7 +116,7 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str, problems:
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str, problems: list[str]) -> tuple[Any, ...]:
-    items = [value] if isinstance(value, str | int | float | Mapping) else list(value or ())
+    items = [value] if value is not None and not isinstance(value, list | tuple) else list(value or ())
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_convert(arguments[0], item, f"{where}[{i}]", problems) for i, item in enumerate(items))
     if arguments and len(arguments) != len(items):

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from dwindle.adapters import read_task
 from dwindle.anatomy import Anatomy, anatomy_of, require_dense
 from dwindle.data import DataOptions
 from dwindle.data.sources import check_sources
+from dwindle.devices.device_profile import HOST, load_profile
 from dwindle.errors import DataError, RecipeError
 from dwindle.pipeline.export_plan import planned_exports
+from dwindle.pipeline.model_config import decoder_config
 from dwindle.pipeline.recipe import Recipe
 
-__all__ = ["plan", "require_carried", "require_stages"]
+__all__ = ["plan", "require_carried", "require_stages", "require_targets"]
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return the teacher, the data and every step with its full options, and the same as `lines` of text.
 
-    Raises RecipeError for a format that no variant fits, and what reading the teacher's config raises.
+    Raises RecipeError for a format that no variant fits and a target that nobody knows, DataError for data that is not
+    there, and what reading the teacher's config raises.
     """
-    from transformers import AutoConfig
-
-    missing = [
-        p
-        for p in (*recipe.data.train, recipe.data.calibration, recipe.data.evaluation)
-        if p is not None and ("/" in p or p.endswith(".txt")) and not Path(p.split("::")[0]).exists()
-    ]
-    if missing:
-        raise RecipeError(f"data: not found: {', '.join(missing)}.")
-    config = AutoConfig.from_pretrained(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
-    anatomy = anatomy_of(config)
+    places = (*recipe.data.train, recipe.data.calibration, recipe.data.evaluation)
+    check_sources([place for place in places if place is not None], recipe.data.text_column)
+    require_targets(recipe)
+    anatomy = anatomy_of(decoder_config(recipe.teacher))
     require_carried(recipe, anatomy)
     require_stages(recipe, anatomy)
     lines = [
@@ -96,3 +91,17 @@ def require_stages(recipe: Recipe, anatomy: Anatomy) -> None:
             wrong.append(f"{where}: {str(error).removesuffix('.')}")
     if wrong:
         raise RecipeError("; ".join(dict.fromkeys(wrong)) + ".")
+
+
+def require_targets(recipe: Recipe) -> None:
+    """Raise RecipeError, naming all of them, for targets of the validate step that are no sound device profile."""
+    wrong = []
+    for (index, _), options in recipe.options.items():
+        for name in options.targets if recipe.steps[index].name == "validate" else ():
+            try:
+                if name != HOST:
+                    load_profile(name)
+            except RecipeError as error:
+                wrong.append(f"steps[{index}].validate.targets: {error}")
+    if wrong:
+        raise RecipeError("\n".join(wrong))

@@ -52,6 +52,8 @@ OPTIONS = {
 
 _STEPS = (*ORDER, prune_rounds.NAME)
 """What may stand in `steps`."""
+_NOT_VARIANTS = ("float", "student", "teacher")
+"""What artifacts and samples of other models than a variant's are called."""
 _MOST_STEPS = 100
 _TOP = ("version", "name", "teacher", "data", "steps", "seed")
 _TEACHER = ("model", "trust_remote_code")
@@ -129,12 +131,26 @@ class Recipe:
                 options[index, variant] = fill(kind, _seeded(kind, values, seed), place, problems)
         data_kind = _option_type("data")
         data = fill(data_kind, _seeded(data_kind, merged.get("data") or {}, seed), "data", problems)
+        _check_adapter_names(steps, options, problems)
         problems = list(dict.fromkeys(problems))  # rounds share their options, and their mistakes
         if problems:
             raise RecipeError(
                 f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems)
             )
         return cls(raw=merged, steps=tuple(steps), seed=int(seed), options=options, data=data)
+
+
+def _check_adapter_names(steps: list[StepSpec], options: Mapping[tuple[int, str | None], Any],
+                         problems: list[str]) -> None:  # fmt: skip
+    """Add tasks that are called as the recovery adapter is, or whose folder would be another variant's task's too."""
+    variants: list[str | None] = next((list(s.variants) for s in steps if s.name == "quantize"), [None])
+    for index, step in enumerate(steps):
+        names = [task.name for task in getattr(options.get((index, None)), "tasks", ())]
+        if "recovery" in names and any(s.name == "recover" for s in steps):
+            problems.append(f"{step.place}: a task is called recovery, as the adapter of recover is. Rename the task.")
+        folders = [f"{variant}-{name}" for variant in variants for name in names]
+        if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
+            problems.append(f"{step.place}: variant and task make one folder twice ({', '.join(twice)}). Rename one.")
 
 
 def _option_type(section: str) -> type[Any]:
@@ -168,6 +184,8 @@ def _check_shape(raw: Mapping[str, Any], problems: list[str]) -> list[StepSpec]:
         )
     else:
         problems += [f"teacher.{k} is unknown{did_you_mean(str(k), _TEACHER)}." for k in teacher if k not in _TEACHER]
+        if not isinstance(teacher.get("trust_remote_code", False), bool):
+            problems.append(f"teacher.trust_remote_code: {teacher['trust_remote_code']!r} is not true or false")
     listed = raw.get("steps")
     if isinstance(listed, list) and len(listed) > _MOST_STEPS:
         problems.append(f"steps: {len(listed):,} steps, at most {_MOST_STEPS} make sense.")
@@ -217,7 +235,9 @@ def _step(name: str, values: Any, place: str, problems: list[str]) -> list[StepS
         return []
     has_variants = name == "quantize" and bool(values) and all(isinstance(v, Mapping) for v in values.values())
     if has_variants and any(not str(v).replace("-", "").replace("_", "").isalnum() for v in values):
-        problems.append(f"{place}: variant names are letters, digits, - and _; found {', '.join(values)}.")
+        problems.append(f"{place}: variant names are letters, digits, - and _; found {', '.join(map(str, values))}.")
+    if has_variants and (taken := [str(v) for v in values if str(v) in _NOT_VARIANTS]):
+        problems.append(f"{place}: {', '.join(taken)} means another model of the report; call the variant otherwise.")
     return [StepSpec(name, {str(v): o for v, o in values.items()} if has_variants else {None: values}, place)]
 
 
@@ -248,7 +268,9 @@ def _with_overrides(raw: Mapping[str, Any], overrides: list[tuple[list[str], Any
         for key in path[:-1]:
             if not isinstance(node, dict):
                 raise RecipeError(f"--set {'.'.join(keys)}: {key} has no keys below it.")
-            node = node.setdefault(key, {})
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
         if not isinstance(node, dict):
             raise RecipeError(f"--set {'.'.join(keys)}: {path[-1]} cannot be set below a plain value.")
         node[path[-1]] = value
@@ -257,6 +279,8 @@ def _with_overrides(raw: Mapping[str, Any], overrides: list[tuple[list[str], Any
 
 def _find_step(merged: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     listed = merged.get("steps")
+    if isinstance(listed, list):
+        merged["steps"] = listed = [{entry: {}} if entry == name else entry for entry in listed]
     found = [entry for entry in _mappings(listed) if name in entry]
     if len(found) != 1:
         in_rounds = name in ("prune", "distill") and prune_rounds.NAME in itertools.chain(*_mappings(listed))

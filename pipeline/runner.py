@@ -22,7 +22,7 @@ from dwindle.model_source import find_folder
 from dwindle.pipeline.adapter_steps import ADAPTER_STEPS, AdapterSteps, require_trainable
 from dwindle.pipeline.environment import environment
 from dwindle.pipeline.export_plan import ExportPlan, planned_exports
-from dwindle.pipeline.plan import require_carried, require_stages
+from dwindle.pipeline.plan import require_carried, require_stages, require_targets
 from dwindle.pipeline.recipe import Recipe, StepSpec
 from dwindle.pipeline.run_folder import RunFolder
 from dwindle.pipeline.run_texts import RunTexts
@@ -62,6 +62,7 @@ class _Line:
     def __init__(self, recipe: Recipe, folder: RunFolder, torch_device: str, notify: Notify) -> None:
         self.recipe, self.folder, self.device, self.notify = recipe, folder, torch_device, notify
         self.exports = planned_exports(recipe)
+        require_targets(recipe)
         notify(f"teacher: {recipe.teacher}")
         self.teacher = ModelBundle.load(
             recipe.teacher, trust_remote_code=recipe.trust_remote_code, torch_device=torch_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,6 +58,7 @@ def test_values_are_converted_to_field_types() -> None:
         ({"tokens": 1, "kind": "c"}, "'c' is not one of a, b"),
         ({"tokens": 1, "flag": "yes"}, "not true or false"),
         ({"tokens": 1, "names": [1]}, "1 is no text"),
+        ({"tokens": 1, "names": datetime.date(2026, 1, 2)}, "is no text"),
         ({"tokens": 1, "table": [1]}, "no mapping"),
         ({"tokens": 1, "parts": [{"weight": 1}]}, "sample.parts[0].name is missing"),
         ({"tokens": -1}, "tokens=-1 is negative"),

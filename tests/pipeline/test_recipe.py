@@ -29,6 +29,13 @@ def raw(**changes: Any) -> dict[str, Any]:
     return recipe | changes
 
 
+def _adapt(*tasks: str) -> dict[str, Any]:
+    return {"adapt": {"tasks": [{"name": name, "data": "a.json"} for name in tasks]}}
+
+
+_QUANTIZE = {"quantize": {"a": {"scheme": "integer"}, "a-b": {"scheme": "palettize"}}}
+
+
 def test_a_recipe_becomes_options() -> None:
     recipe = Recipe.parse(raw())
     assert [s.name for s in recipe.steps] == ["prune", "distill", "quantize", "export", "validate"]
@@ -49,6 +56,15 @@ def test_overrides_reach_every_section() -> None:
     assert recipe.options[0, None].ffn_keep == 0.25
     assert recipe.options[2, "apple"].bits == 2
     assert recipe.seed == recipe.data.seed == recipe.options[1, None].seed == 7
+
+
+def test_overrides_fill_what_stands_there_without_options() -> None:
+    recipe = Recipe.parse(
+        raw(teacher=None, data=None, steps=["prune", {"quantize": None}]),
+        ["teacher.model=other", "data.train=[b.txt]", "prune.ffn_keep=0.25", "quantize.bits=8"],
+    )
+    assert (recipe.teacher, recipe.data.train) == ("other", ("b.txt",))
+    assert (recipe.options[0, None].ffn_keep, recipe.options[1, None].bits) == (0.25, 8)
 
 
 def test_overrides_do_not_change_the_source() -> None:
@@ -74,6 +90,11 @@ def test_overrides_do_not_change_the_source() -> None:
         ({"steps": [{"prune": {}}, {"validate": {}}]}, "validate needs an export before it"),
         ({"steps": [{"quantize": {"scheme": "integer"}}] * 2}, "quantize stands more than once"),
         ({"steps": [{"quantize": {"a/b": {"scheme": "integer"}}}]}, "variant names"),
+        ({"steps": [{"quantize": {1: {"scheme": "integer"}, "a b": {}}}]}, "found 1, a b."),
+        ({"steps": [{"quantize": {"float": {"scheme": "integer"}}}]}, "float means another model"),
+        ({"teacher": {"model": "a", "trust_remote_code": "no"}}, "trust_remote_code: 'no' is not true or false"),
+        ({"steps": [_QUANTIZE, "recover", _adapt("recovery")]}, "a task is called recovery"),
+        ({"steps": [_QUANTIZE, _adapt("b-c", "c")]}, "one folder twice (a-b-c)"),
         ({"data": {"train": ["a"], "trian": 1}}, "data.trian is unknown (did you mean 'train'?)."),
         ({"seed": "x"}, "seed: 'x' is no whole number"),
     ],
