@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 T5     := .venv/transformers5
-SPREAD := -n 2 --dist loadfile
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 PEERS  := .venv-peers .venv-peers-2 .venv-peers-3
 
 .PHONY: setup demo test test-full test-transformers5 check bench crash fuzz soak mutants coverage lock clean

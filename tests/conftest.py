@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+_LONG_FIRST = ("pipeline/test_demo_adapters.py", "export/", "test_readme.py", "pipeline/", "reliability/")
+"""Tests that begin first, so that no process waits for a long one at the end; the demo runs before README needs it."""
+
 TINY_VOCAB = 272
 _SHAPE = {
     "vocab_size": TINY_VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -203,6 +206,17 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "printed.txt").exists():
             _run_demo(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files; the order is else as it was."""
+    root = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else ""
+        return next((i for i, begin in enumerate(_LONG_FIRST) if name.startswith(begin)), len(_LONG_FIRST))
+
+    items.sort(key=place)
 
 
 def _run_demo(folder: Path) -> None:
