@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dwindle.adapter_card import CARD_FILE, SCHEMA, WEIGHTS_FILE, AdapterCard, require_whole, weights_sha256
+from dwindle.adapter_card import (
+    CARD_FILE,
+    SCHEMA,
+    WEIGHTS_FILE,
+    AdapterCard,
+    require_adapter_place,
+    require_whole,
+    weights_sha256,
+)
 from dwindle.adapters.attach import attach, fill
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.storage import atomic_folder, write_json
@@ -62,9 +70,13 @@ class Adapter:
         return adapted
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder; the old state or the new one, never half."""
+        """Write the folder; the old state or the new one, never half.
+
+        Raises OutputError for a place that holds something else than an adapter.
+        """
         from safetensors.torch import save_file
 
+        require_adapter_place(Path(folder))
         with atomic_folder(Path(folder)) as partial:
             self.config.save_pretrained(str(partial))
             save_file({n: t.contiguous() for n, t in self.tensors.items()}, partial / WEIGHTS_FILE,

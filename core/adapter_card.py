@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import dwindle
 from dwindle.errors import UnsupportedModel
-from dwindle.storage import read_json
+from dwindle.storage import read_json, require_place
 from dwindle.typed_json import require_types
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CARD_FILE", "CONFIG_FILE", "SCHEMA", "WEIGHTS_FILE", "AdapterCard", "require_whole", "weights_sha256"]
+__all__ = ["CARD_FILE", "CONFIG_FILE", "SCHEMA", "WEIGHTS_FILE", "AdapterCard", "require_adapter_place", "require_whole",
+           "weights_sha256"]  # fmt: skip
 
 CARD_FILE = "adapter_card.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,6 +67,11 @@ class AdapterCard:
             raise UnsupportedModel(f"{folder}: no {CARD_FILE}; it is no adapter folder of dwindle.") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnsupportedModel(f"{path} cannot be read ({error}). Restore it.") from error
+
+
+def require_adapter_place(folder: Path) -> None:
+    """Raise OutputError unless `folder` is absent, empty, or holds an earlier adapter."""
+    require_place(folder, CARD_FILE, "an adapter")
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

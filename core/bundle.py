@@ -35,7 +35,7 @@ from dwindle.model_source import (
     warn_remote_code,
 )
 from dwindle.report import Measurement
-from dwindle.storage import atomic_folder, hash_file, hash_json, require_space, write_json
+from dwindle.storage import atomic_folder, beside, hash_file, hash_json, require_space, write_json
 from dwindle.tokenizer_files import load_tokenizer, name_generic_tokenizer, tokenizer_sha256
 from dwindle.torch_device import usable_device
 from dwindle.vocabulary_map import VocabularyMap
@@ -269,6 +269,7 @@ def not_storable(names: Sequence[str], dtype: torch.dtype) -> GateFailed:
 
 def require_model_place(folder: Path) -> None:
     """Raise OutputError unless `folder` is absent, empty, or holds nothing but a model's files."""
+    beside(folder, "partial")
     if not folder.exists():
         return
     if not folder.is_dir():

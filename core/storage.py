@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dwindle.errors import OutputError
+from dwindle.errors import OutputError, offenders
 
 __all__ = [
     "append_text",
     "atomic_file",
     "atomic_folder",
+    "beside",
     "disk_is_full",
     "folder_bytes",
     "hash_file",
@@ -31,6 +32,7 @@ __all__ = [
     "hash_json",
     "lock",
     "read_json",
+    "require_place",
     "require_space",
     "write_json",
     "write_text",
@@ -41,8 +43,35 @@ _LARGEST_JSON_BYTES = 200_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def beside(place: Path, ending: str) -> Path:
+    """Return the hidden path beside a place at which something is prepared for it.
+
+    Raises OutputError for a place that has no name of its own: `.`, `..` or a root.
+
+    >>> beside(Path("runs/small"), "work").as_posix()
+    'runs/.small.work'
+    """
+    if place.name in ("", ".."):
+        raise OutputError(f"{place} is no name for an output, which is prepared beside its place. Choose a new folder, "
+                          f"such as {place / 'out'}.")  # fmt: skip
+    return place.with_name(f".{place.name}.{ending}")
+
+
+def require_place(place: Path, mark: str, what: str) -> None:
+    """Raise OutputError unless `place`, which is to be replaced whole, is free, empty or an earlier `what`.
+
+    An earlier one holds the file `mark`.
+    """
+    if place.is_file():
+        raise OutputError(f"{place} is a file. Choose another output folder; nothing was written.")
+    if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
+        held = offenders(sorted(path.name for path in place.iterdir()), limit=5)
+        raise OutputError(f"{place} holds something else than {what} ({held}). Choose another output, or empty it.")
+    beside(place, "partial")
+
+
 def _partial(place: Path) -> Path:
-    return place.with_name(f".{place.name}.partial")
+    return beside(place, "partial")
 
 
 def _fsync(path: Path) -> None:
@@ -127,7 +156,7 @@ def atomic_folder(place: Path) -> Iterator[Path]:
     An older folder at `place` is moved aside first and removed last, so a kill leaves one of the two whole. Raises
     OutputError if another process is writing the same place.
     """
-    partial, old = _partial(place), place.with_name(f".{place.name}.old")
+    partial, old = _partial(place), beside(place, "old")
     with contextlib.ExitStack() as held, _explained(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         if partial.is_dir() and not partial.is_symlink():

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
         evaluation_set,
         training_set,
         training_texts,
+        window_of,
     )
 
 __all__ = ["DataOptions", "TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set",
-           "training_texts"]  # fmt: skip
+           "training_texts", "window_of"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TokenSets", "build_token_sets", "calibration_set", "evaluation_set", "training_set",
-           "training_texts"]  # fmt: skip
+           "training_texts", "window_of"]  # fmt: skip
 
 _LOG = logging.getLogger("dwindle")
 
@@ -69,7 +69,7 @@ def build_token_sets(
     places = {role: (p,) if isinstance(p, str) else p for role, p in roles.items() if p is not None}
     check_sources([place for found in places.values() for place in found], options.text_column)
     _refuse_shared_places(places)
-    window = _window(options, context)
+    window = window_of(options, context)
     train = _documents(options.train, options.text_column, options.train_tokens)
     held_out_text: str | None = None
     if options.evaluation is None:
@@ -104,7 +104,7 @@ def training_set(
     documents = _without(_documents(options.train, options.text_column, options.train_tokens), taken)
     if not documents:
         raise DataError(f"{', '.join(options.train)}: all of it serves calibration or evaluation. Add data.")
-    return _pack_training(documents, tokenizer, _window(options, context), options, taken)
+    return _pack_training(documents, tokenizer, window_of(options, context), options, taken)
 
 
 def calibration_set(options: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int) -> TokenSet:
@@ -113,7 +113,7 @@ def calibration_set(options: DataOptions, tokenizer: PreTrainedTokenizerBase, co
     places = options.train if options.calibration is None else (options.calibration,)
     check_sources(places, options.text_column)
     documents = _documents(places, options.text_column, options.train_tokens)
-    return pack(documents, tokenizer, role="calibration", context=_window(options, context), seed=options.seed,
+    return pack(documents, tokenizer, role="calibration", context=window_of(options, context), seed=options.seed,
                 windows=options.calibration_windows)  # fmt: skip
 
 
@@ -144,7 +144,8 @@ def training_texts(options: DataOptions) -> Iterator[str]:
         yield from (document.text for document in read_documents(place, options.text_column))
 
 
-def _window(options: DataOptions, context: int) -> int:
+def window_of(options: DataOptions, context: int) -> int:
+    """Return the tokens that a window predicts; raise DataError for more than the model's `context`."""
     if options.context is None:
         return min(context, _LONGEST_DEFAULT_CONTEXT)
     if options.context > context:

@@ -185,7 +185,7 @@ def memory_plan(
     batch that cannot be cut.
     """
     pieces = options.gradient_accumulation * processes
-    wrong = [] if gpu in GPUS else [f"gpu={gpu!r} is unknown{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})"]
+    wrong = [] if gpu in GPUS else [f"gpu={gpu!r} is unknown{did_you_mean(gpu, GPUS)}"]
     if processes < 1:
         wrong.append(f"{processes} processes (needed: at least 1)")
     elif options.batch_size % pieces:

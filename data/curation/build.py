@@ -35,7 +35,7 @@ from dwindle.data.curation.token_counts import TokenCounts
 from dwindle.data.document import Document
 from dwindle.data.sources import Source, check_sources
 from dwindle.errors import DataError
-from dwindle.storage import atomic_folder, write_json, write_text
+from dwindle.storage import atomic_folder, require_place, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +53,10 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Write the corpus to `output` and return its card; `tokenizer` is the student's, for counts of tokens.
 
-    Raises DataError for text that cannot be used and for a corpus of which nothing is left.
+    Raises DataError for text that cannot be used and for a corpus of which nothing is left, OutputError for a place that
+    holds something else than a corpus.
     """
+    require_place(output, MANIFEST, "a corpus")
     check_sources([Source.parse(one.place, one.text).place for one in options.sources], "text")
     readings = [SourceReading(one) for one in options.sources]
     with atomic_folder(output) as folder:

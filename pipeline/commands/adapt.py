@@ -22,6 +22,7 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     split_settings,
 )
+from dwindle.storage import beside
 
 __all__ = ["adapt", "task_lines"]
 
@@ -64,10 +65,13 @@ def adapt(model: str, output: str, start: str | None, general: str | None, text:
     dwindle adapt -m MODEL -d pairs.json -o ADAPTER --prompt '{instruction} {input}' --chosen chosen --rejected rejected
     """
     from dwindle import adapters as room
+    from dwindle.adapter_card import require_adapter_place
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.token_set import require_disjoint
 
     options, task = _options(output, settings, values)
+    place = Path(output)
+    require_adapter_place(place)
     records = room.read_task(task, options.seed)
     base = load(model, torch_device)
     begun = None if start is None else room.Adapter.load(start)
@@ -77,8 +81,7 @@ def adapt(model: str, output: str, start: str | None, general: str | None, text:
     if text is not None:
         measured = evaluation_set(text, base.tokenizer)
     require_disjoint(*(one for one in (replayed, measured) if one is not None))
-    place = Path(output)
-    work = place.with_name(f".{place.name}.work")
+    work = beside(place, "work")
     adapter, record = room.adapt(base, options, records=records, start=begun, general=replayed, folder=work)
     if measured is not None:
         notify("measuring what the base lost")

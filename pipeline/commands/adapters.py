@@ -25,6 +25,7 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     split_settings,
 )
+from dwindle.storage import beside
 
 __all__ = ["adapters", "recover"]
 
@@ -54,15 +55,17 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
     checkpoint.
     """
     from dwindle import adapters as room
+    from dwindle.adapter_card import require_adapter_place
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.measure import Meter
 
     options = made_options(room.RecoverOptions, values, "recover")
+    place = Path(output)
+    require_adapter_place(place)
     guide, base = load(teacher, torch_device), load(model, torch_device)
     train = training_set(DataOptions(train=data, seed=options.seed), base.tokenizer, base.anatomy.context)
     meter = None if text is None else Meter(evaluation_set(text, base.tokenizer), guide)
-    place = Path(output)
-    work = place.with_name(f".{place.name}.work")
+    work = beside(place, "work")
     adapter, record = room.recover(base, options, teacher=guide, train_tokens=train, folder=work)
     lines = [f"recover: {record.details['linears']} linears, rank {options.rank}, {adapter.bytes:,} bytes, "
              f"{record.before.bits_per_weight:.2f} -> {record.after.bits_per_weight:.2f} bits per weight"]  # fmt: skip

@@ -20,6 +20,8 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     split_settings,
 )
+from dwindle.errors import RecipeError
+from dwindle.storage import beside
 
 __all__ = ["data"]
 
@@ -69,9 +71,13 @@ def synthesize(
 
     own, of_data = split_settings(settings, values)
     given = {key: value for key, value in values.items() if value is not None}
-    second = {key.partition(".")[2]: own.pop(key) for key in list(own) if key.startswith("verifier.")}
+    second = own.pop("verifier", {})
+    if not isinstance(second, dict):
+        raise RecipeError(f"--set verifier: found {second!r}, needed its keys, as in verifier.asks=yes_no.")
     if verifier is not None or second:
-        given["verifier"] = {"model": verifier, **second}
+        given["verifier"] = {**({} if verifier is None else {"model": verifier}), **second}
+    if unknown := [key for key in of_data if key != "text_column"]:
+        raise RecipeError(f"--set data.{unknown[0]}: of data only data.text_column can be set here.")
     options = made_options(SynthesisOptions, {**given, **own}, "synthesis")
     column = str(of_data.get("text_column", "text"))
     check_sources(data, column)
@@ -80,7 +86,7 @@ def synthesize(
     writer = load(teacher, torch_device)
     judge = None if options.verifier is None else load(options.verifier.model, torch_device)
     count = StageCount("synthesize", options.seed)
-    work = place.with_name(f".{place.name}.work")
+    work = beside(place, "work")
     pieces = synthesized(writer, options, _Documents(data, column), folder=work, count=count, verifier=judge)
     card = write_synthesis(place, pieces, count, writer, options)
     shutil.rmtree(work, ignore_errors=True)

@@ -22,6 +22,7 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     split_settings,
 )
+from dwindle.storage import beside
 
 __all__ = ["distill"]
 
@@ -73,7 +74,7 @@ def distill(
     own, of_data = split_settings(settings, values)
     options = made_options(room.DistillOptions, {**values, **own}, "distill")
     if only_plan:
-        _plan(teacher, offload_teacher, model, options, of_data, gpus, gpu, as_json)
+        _plan(teacher, offload_teacher, model, data, options, of_data, gpus, gpu, as_json)
         return
     missing = [flag for flag, given in (("-d TEXT", data), ("-o FOLDER", output)) if not given]
     if teacher is None and options.cache is None:
@@ -86,9 +87,13 @@ def distill(
 def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...], output: str, text: str | None,
            options: Any, of_data: dict[str, Any], torch_device: str, as_json: bool) -> None:  # fmt: skip
     from dwindle import distill as room
+    from dwindle.bundle import require_model_place
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.token_set import require_disjoint
 
+    place = Path(output)
+    require_model_place(place)
+    work = beside(place, "work")
     student = load(model, torch_device)
     of_train = made_options(DataOptions, {"train": data, "seed": options.seed, **of_data}, "data")
     train = training_set(of_train, student.tokenizer, student.anatomy.context)
@@ -100,8 +105,6 @@ def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...]
     if teacher is not None and needed:
         notify(f"loading {teacher}" + (" layer by layer, as it runs" if offload else ""))
         guide = room.Teacher.load(teacher, torch_device=torch_device, offload=offload, alone=options.cache is not None)
-    place = Path(output)
-    work = place.with_name(f".{place.name}.work")
     trained, record = room.run(student, options, teacher=guide, train=train, folder=work, evaluation=evaluation)
     if options.cache is not None and guide is not None and teacher is not None:
         room.remember_teacher(options.cache, teacher)
@@ -113,9 +116,10 @@ def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...]
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _plan(teacher: str | None, offload: bool, model: str, options: Any, of_data: dict[str, Any], gpus: int, gpu: str,
-          as_json: bool) -> None:  # fmt: skip
+def _plan(teacher: str | None, offload: bool, model: str, data: tuple[str, ...], options: Any, of_data: dict[str, Any],
+          gpus: int, gpu: str, as_json: bool) -> None:  # fmt: skip
     """Print the arithmetic of a run; configs are all it reads."""
+    from dwindle.data import DataOptions, window_of
     from dwindle.distill.memory_plan import ModelSize, memory_plan
     from dwindle.offloaded_model import weightless_model
     from dwindle.pipeline.model_config import model_config, teacher_config
@@ -126,7 +130,8 @@ def _plan(teacher: str | None, offload: bool, model: str, options: Any, of_data:
     of_guide, of_student = (
         ModelSize.of(weightless_model(one), one) for one in (teacher_config(teacher), student.config)
     )
-    context = int(of_data.get("context") or min(student.anatomy.context, 2048))
+    reading = made_options(DataOptions, {"train": data or "TEXT", **of_data}, "data")
+    context = window_of(reading, student.anatomy.context)
     made = memory_plan(of_student, student.anatomy, of_guide, options, context=context, processes=gpus, gpu=gpu,
                        offloaded=offload)  # fmt: skip
     emit(made.to_json(), made.table(), as_json)

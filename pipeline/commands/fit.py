@@ -17,6 +17,7 @@ from dwindle.pipeline.commands.shared import (
     load,
     made_options,
     notify,
+    put_setting,
     seed_option,
 )
 
@@ -74,16 +75,20 @@ def fit(model: str, data: tuple[str, ...], output: str | None, settings: tuple[s
 
     own, of_data, of_distill = _settings(settings, values)
     asked = {"tokens_per_second": tokens_per_second, "memory": memory, "time_to_first_token": time_to_first_token}
-    budgets = {name: value for name, value in asked.items() if value is not None} | own.pop("budgets", {})
+    budgets = _budgets({name: value for name, value in asked.items() if value is not None}, own.pop("budgets", {}))
     options = made_options(FitOptions, {**values, **own, "budgets": budgets, "seed": seed}, "fit")
     places = _places(output)
+    reading, training = _training(options, data, of_data, of_distill)
     if options.distill_steps and not data:
         raise RecipeError("fit: distill_steps needs text to train and to measure on. Give some with -d.")
+    if options.distill_steps and Path(model).is_file():
+        raise RecipeError(f"fit: distill_steps trains candidates cut out of the model, and {model} is a config without "
+                          "weights. Give the model's folder.")  # fmt: skip
     profile = load_profile(options.target)
     known = model_config(model)
     plan = search(known.anatomy, known.config, profile, options, model=model, float_bits=known.float_bits)
     if options.distill_steps and not dry_run:
-        plan = _ranked(plan, model, data, options, of_data, of_distill, torch_device)
+        plan = _ranked(plan, model, options, reading, training, torch_device)
     told = plan.to_json(data)
     if places and not dry_run:
         _write(places, told)
@@ -97,39 +102,62 @@ def _settings(settings: tuple[str, ...], values: Mapping[str, Any]) -> tuple[dic
 
     found: dict[str, dict[str, Any]] = {"": {}, "data": {}, "distill": {}}
     for keys, value in parse_overrides(settings):
-        place, name = (keys[0], keys[1:]) if keys[0] in found else ("", keys)
+        place, name = (keys[0], keys[1:]) if keys[0] in found and len(keys) > 1 else ("", keys)
         if not place and values.get(".".join(name)) not in (None, ()):
             flag = {"axes": "axis"}.get(name[0], name[0].replace("_", "-"))
             raise RecipeError(f"--set {name[0]}: --{flag} gives it already. Give one of the two.")
-        found[place][".".join(name)] = value
+        put_setting(found[place], name, value)
     return tuple(found.values())
 
 
-def _ranked(plan: Any, model: str, data: tuple[str, ...], options: Any, of_data: dict[str, Any],
-            of_distill: dict[str, Any], torch_device: str) -> Any:  # fmt: skip
-    """Return the plan with its best candidates distilled and measured."""
-    from dwindle.data import DataOptions, build_token_sets
+def _budgets(flags: dict[str, Any], given: Any) -> Any:
+    """Return the targets of the flags and of `--set budgets`, which may be a list if there are no flags."""
+    if not isinstance(given, Mapping):
+        if flags:
+            raise RecipeError(f"--set budgets={given!r} beside --{next(iter(flags)).replace('_', '-')}: give all of "
+                              "them one way, or budgets.METRIC=LIMIT.")  # fmt: skip
+        return given
+    if twice := [name for name in flags if name in given]:
+        raise RecipeError(f"--set budgets.{twice[0]}: --{twice[0].replace('_', '-')} gives it already. Give one of the "
+                          "two.")  # fmt: skip
+    return {**flags, **given}
+
+
+def _training(options: Any, data: tuple[str, ...], of_data: dict[str, Any], of_distill: dict[str, Any]) -> Any:
+    """Return how candidates are to be trained, checked before the search: the text's options, the distillation's."""
+    if not (options.distill_steps or of_data or of_distill):
+        return None, None  # and no torch
+    from dwindle.data import DataOptions
     from dwindle.distill import DistillOptions
+
+    sizes = {"train": data or "TEXT", "seed": options.seed, "evaluation_tokens": _EVALUATION_TOKENS, **of_data}
+    steps = {"steps": options.distill_steps} if options.distill_steps else {}
+    return (made_options(DataOptions, sizes, "data"),
+            made_options(DistillOptions, {"seed": options.seed, **of_distill, **steps}, "distill"))  # fmt: skip
+
+
+def _ranked(plan: Any, model: str, options: Any, reading: Any, training: Any, torch_device: str) -> Any:
+    """Return the plan with its best candidates distilled and measured."""
+    from dwindle.data import build_token_sets
     from dwindle.pipeline.fit_ranking import ranked
 
-    sizes = {"train": data, "seed": options.seed, "evaluation_tokens": _EVALUATION_TOKENS, **of_data}
-    reading = made_options(DataOptions, sizes, "data")
-    training = made_options(DistillOptions, {"seed": options.seed, **of_distill, "steps": options.distill_steps},
-                            "distill")  # fmt: skip
     teacher = load(model, torch_device)
     sets = build_token_sets(reading, teacher.tokenizer, teacher.anatomy.context)
     return ranked(plan, teacher, sets, training, options.candidates, notify)
 
 
 def _places(output: str | None) -> tuple[Path, Path] | None:
-    """Return where the plan and the recipe go. Raises OutputError for a folder, or where both have one name."""
+    """Return where the plan and the recipe go. Raises OutputError for a folder, below a file, or one name for both."""
     if output is None:
         return None
     plan = Path(output)
-    recipe = plan.with_suffix(".yaml")
+    recipe = plan.with_suffix(".yaml") if plan.name else plan
     if plan.is_dir() or plan == recipe or recipe.is_dir():
         raise OutputError(f"{output}: the plan is a JSON file, and a recipe is written beside it as {recipe.name}. "
                           "Give a name such as plan.json; nothing was written.")  # fmt: skip
+    below = next(parent for parent in plan.parents if parent.exists())
+    if not below.is_dir():
+        raise OutputError(f"{output}: {below} is a file. Choose another output; nothing was written.")
     return plan, recipe
 
 

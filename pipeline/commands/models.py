@@ -23,7 +23,7 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     tell_written,
 )
-from dwindle.storage import read_json
+from dwindle.storage import beside, read_json
 
 __all__ = ["evaluate", "prune"]
 
@@ -63,6 +63,7 @@ def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None
     parameters and more are worked on layer by layer, unless the method needs the whole model in memory.
     """
     from dwindle import prune as room
+    from dwindle.bundle import require_model_place
     from dwindle.data import DataOptions, calibration_set, training_set, training_texts
     from dwindle.prune.folder_bundle import FolderBundle
     from dwindle.prune.plan_table import plan_table
@@ -74,6 +75,8 @@ def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None
     values["masks"] = {"seed": seed} | _mask_settings(masks)
     options = made_options(room.PruneOptions, values, "prune")
     given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
+    if not dry_run:
+        require_model_place(Path(output))
     bundle = _to_prune(model, options, torch_device)
     calibration = None
     if data:
@@ -106,7 +109,7 @@ def _prune_by_masks(bundle: Any, options: Any, calibration: Any, train: Any, cor
     from dwindle.prune.plan_table import plan_table
 
     place = Path(output)
-    work = place.with_name(f".{place.name}.work")
+    work = beside(place, "work")
     pruned, record = room.run(bundle, options, calibration, train=train, corpora=corpora, folder=work)
     click.echo(plan_table(room.KeepPlan.from_json(record.details["plan"])), err=True)
     save(pruned, record, output, as_json)

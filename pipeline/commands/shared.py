@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ __all__ = [
     "model_option",
     "notify",
     "output_option",
+    "put_setting",
     "save",
     "seed_option",
     "split_settings",
@@ -108,8 +109,37 @@ def split_settings(
     of_part: dict[str, Any] = {}
     for keys, value in parse_overrides(settings):
         name = ".".join(keys)
-        if values.get(name) not in (None, ()):
-            flag = name.removeprefix(f"{part}.").replace("_", "-")
-            raise RecipeError(f"--set {name}: --{flag} gives it already. Give one of the two.")
-        (of_part if keys[0] == part else own)[name.removeprefix(f"{part}.")] = value
+        for given in {name} if keys[0] == part else dict.fromkeys((name, keys[0])):
+            if values.get(given) not in (None, ()):
+                flag = _flag(given.removeprefix(f"{part}."))
+                raise RecipeError(f"--set {name}: {flag} gives {'it' if given == name else given} already. Give one of "
+                                  "the two.")  # fmt: skip
+        if keys[0] == part and len(keys) > 1:
+            put_setting(of_part, keys[1:], value)
+        else:
+            put_setting(own, keys, value)
     return own, of_part
+
+
+def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set a dotted key; raise RecipeError where another setting gave a plain value to what it is a part of.
+
+    >>> values = {}
+    >>> put_setting(values, ["cache", "folder"], "C")
+    >>> put_setting(values, ["cache", "draws"], 16)
+    >>> values
+    {'cache': {'folder': 'C', 'draws': 16}}
+    """
+    node = values
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {'.'.join(keys)}: {key} is {node!r} already. Give {key} whole or by its keys.")
+    node[keys[-1]] = value
+
+
+def _flag(name: str) -> str:
+    """Return the flag that gives an option of the command that is running."""
+    context = click.get_current_context(silent=True)
+    flags = [] if context is None else [one.opts[-1] for one in context.command.params if one.name == name]
+    return flags[0] if flags else f"--{name.replace('_', '-')}"

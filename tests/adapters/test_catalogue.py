@@ -10,7 +10,7 @@ import torch
 
 from dwindle.adapters import Adapter, AdapterCard
 from dwindle.adapters.catalogue import catalogue, catalogue_table, described
-from dwindle.errors import DataError, UnsupportedModel
+from dwindle.errors import DataError, OutputError, UnsupportedModel
 
 peft = pytest.importorskip("peft")
 
@@ -35,6 +35,17 @@ def test_adapters_are_found_described_and_matched(tmp_path: Path) -> None:
     assert "fits  kl_closed 0.61" in table
     assert "another base" in table
     assert "fits" not in catalogue_table(catalogue(tmp_path))
+
+
+def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match=r"something else than an adapter \(letter\.txt\)"):
+        write(tmp_path / "mine", "a" * 64)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    write(tmp_path / "one", "a" * 64)
+    write(tmp_path / "one", "b" * 64)
+    assert [one["base_sha256"] for one in catalogue(tmp_path)] == ["b" * 64]
 
 
 def test_folders_without_adapters_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from dwindle.storage import (
     append_text,
     atomic_file,
     atomic_folder,
+    beside,
     disk_is_full,
     folder_bytes,
     hash_file,
     hash_folder,
     hash_json,
     read_json,
+    require_place,
     require_space,
     write_json,
     write_text,
@@ -150,6 +152,27 @@ def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_text(tmp_path / "f" / "x", "y")
+
+
+@pytest.mark.parametrize("place", [".", "..", "a/..", "/"])
+def test_a_place_without_a_name_is_refused(place: str) -> None:
+    with pytest.raises(OutputError, match="no name for an output"), atomic_folder(Path(place)):
+        raise AssertionError
+    with pytest.raises(OutputError, match="no name for an output"):
+        beside(Path(place), "work")
+
+
+def test_only_an_earlier_one_is_replaced(tmp_path: Path) -> None:
+    require_place(tmp_path / "new", "mark.json", "a thing")
+    (tmp_path / "empty").mkdir()
+    require_place(tmp_path / "empty", "mark.json", "a thing")
+    write_text(tmp_path / "full" / "letter.txt", "dear")
+    with pytest.raises(OutputError, match=r"full holds something else than a thing \(letter\.txt\)"):
+        require_place(tmp_path / "full", "mark.json", "a thing")
+    with pytest.raises(OutputError, match="is a file"):
+        require_place(tmp_path / "full" / "letter.txt", "mark.json", "a thing")
+    write_text(tmp_path / "full" / "mark.json", "{}")
+    require_place(tmp_path / "full", "mark.json", "a thing")
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

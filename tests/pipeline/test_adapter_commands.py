@@ -51,7 +51,7 @@ def test_recover_writes_an_adapter_that_the_catalogue_shows(line: Path) -> None:
 
 
 def test_nonsense_is_refused(line: Path) -> None:
-    from dwindle.errors import RecipeError
+    from dwindle.errors import OutputError, RecipeError
 
     words = ["recover", "-t", line / "teacher", "-d", line / "train.txt", "-o", line / "a"]
     with pytest.raises(RecipeError, match="the model is not quantized"):
@@ -60,6 +60,8 @@ def test_nonsense_is_refused(line: Path) -> None:
         dwindle(*words, "-m", line / "packed", "--target", "upp")
     with pytest.raises(RecipeError, match="rank"):
         dwindle(*words, "-m", line / "packed", "--rank", "many")
+    with pytest.raises(OutputError, match=r"packed holds something else than an adapter"):
+        dwindle("recover", "-t", line / "no", "-m", line / "no", "-d", line / "train.txt", "-o", line / "packed")
     assert not (line / "a").exists()
 
 
@@ -97,7 +99,7 @@ def test_adapt_trains_from_a_recovery_adapter_and_says_what_the_base_lost(line: 
 
 
 def test_adapt_refuses_nonsense(line: Path) -> None:
-    from dwindle.errors import DataError, RecipeError, UnsupportedModel
+    from dwindle.errors import DataError, OutputError, RecipeError, UnsupportedModel
 
     words = ["adapt", "-m", line / "packed", "-d", records(line), "-o", line / "a"]
     with pytest.raises(DataError, match=r"completion: no column 'completion'.*The columns are question, answer, worse"):
@@ -110,6 +112,9 @@ def test_adapt_refuses_nonsense(line: Path) -> None:
         dwindle(*words, "--prompt", "question", "--set", "task.prompt=answer")
     with pytest.raises(UnsupportedModel, match="it is no adapter folder"):
         dwindle(*words, "--prompt", "question", "--completion", "answer", "--from", line / "packed")
+    with pytest.raises(OutputError, match=r"packed holds something else than an adapter"):
+        dwindle("adapt", "-m", line / "no", "-d", records(line), "-o", line / "packed", "--prompt", "question",
+                "--completion", "answer")  # fmt: skip
     assert not (line / "a").exists()
 
 

@@ -50,7 +50,9 @@ def test_a_model_writes_a_folder(command: Callable[..., tuple[int, str, str]], t
     (("--kind", "rephrase:esay"), "did you mean 'rephrase:easy'"),
     (("--kind", "free", "--most-share", "1.5"), "most_share=1.5"),
     (("--kind", "continue", "--check", "regex:^never$", "--pieces", "4"), "nothing is left of 4 pieces (check regex:^never$ 4)"),
-    (("--kind", "continue", "--set", "verifier.asks=yes_no"), "verifier"),
+    (("--kind", "continue", "--set", "verifier.asks=yes_no"), "synthesis.verifier.model is missing"),
+    (("--kind", "continue", "--set", "verifier=yes_no"), "--set verifier: found 'yes_no', needed its keys"),
+    (("--kind", "continue", "--set", "data.column=story"), "--set data.column: of data only data.text_column"),
     (("--kind", "rephrase:easy"), "do not fit into the model's context of 64"),
 ])  # fmt: skip
 def test_what_cannot_be_ends_with_2_and_no_output(

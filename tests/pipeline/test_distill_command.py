@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from dwindle.bundle import ModelBundle
-from dwindle.errors import DataError, RecipeError, UnsupportedModel
+from dwindle.errors import DataError, OutputError, RecipeError, UnsupportedModel
 from dwindle.pipeline.cli import cli
 
 WORDS = "The cat sat on the mat. A dog ran to the tree, and the bird sang over it all day long.\n\n"
@@ -113,6 +113,36 @@ def test_what_is_missing_or_wrong_is_named(line: Path) -> None:
         dwindle(*words, "--tokens", "2K", "--set", "tokens=3K")
     with pytest.raises(DataError, match=r"train.*evaluation|evaluation.*train"):
         dwindle(*words, "--text", line / "train.txt")
-    with pytest.raises(RecipeError, match=r"h100' is unknown"):
-        dwindle(*command(line, "--plan", "--gpu", "h100"))
+    with pytest.raises(RecipeError, match=r"--set losses: --loss gives it already"):
+        dwindle(*words, "--loss", "jsd", "--set", "losses=[jsd]")
+    with pytest.raises(RecipeError, match=r"--set cache\.draws: --cache gives cache already"):
+        dwindle(*words, "--cache", line / "cache", "--set", "cache.draws=16")
+    with pytest.raises(RecipeError, match=r"--set cache\.draws: cache is 'C' already"):
+        dwindle(*words, "--set", "cache=C", "--set", "cache.draws=16")
+    with pytest.raises(RecipeError, match=r"distill\.cache\.drws is unknown"):
+        dwindle(*words, "--set", "cache.folder=C", "--set", "cache.drws=16")
     assert not (line / "out").exists()
+
+
+def test_what_a_plan_cannot_mean_is_named(line: Path) -> None:
+    with pytest.raises(RecipeError, match=r"h100' is unknown \([^()]*\)\.$"):
+        dwindle(*command(line, "--plan", "--gpu", "h100"))
+    with pytest.raises(RecipeError, match=r"data\.context: 'long' is no number"):
+        dwindle(*command(line, "--plan", "--set", "data.context=long"))
+    with pytest.raises(RecipeError, match=r"data\.contxt is unknown"):
+        dwindle(*command(line, "--plan", "--set", "data.contxt=32"))
+    with pytest.raises(DataError, match=r"data\.context=2,000 is longer than the model's context of 64"):
+        dwindle(*command(line, "--plan", "--set", "data.context=2k"))
+
+
+def test_the_output_is_looked_at_before_anything_is_loaded(line: Path) -> None:
+    (line / "mine").mkdir()
+    (line / "mine" / "letter.txt").write_text("dear")
+    words = ["distill", "-t", line / "no", "-m", line / "no", "-d", line / "train.txt", "-o"]
+    with pytest.raises(OutputError, match=r"something else than a model \(letter\.txt\)"):
+        dwindle(*words, line / "mine")
+    with pytest.raises(OutputError, match=r"no name for an output"):
+        dwindle(*words, ".")
+    for more in (["--keep", "ffn=0.5"], ["--keep", "ffn=0.5", "--method", "soft_top_k"]):
+        with pytest.raises(OutputError, match=r"something else than a model"):
+            dwindle("prune", "-m", line / "no", "-o", line / "mine", *more)

@@ -198,6 +198,15 @@ def test_a_cut_vocabulary_is_part_of_the_plan(capsys: pytest.CaptureFixture[str]
         (["--memory", "1.5GB", "--set", "runtimes=onnx"], "did you mean 'runtime'"),
         (["--memory", "1.5GB", "--distill-steps", "5"], "needs text"),
         (["--memory", "1.5GB", "-o", "plan.yaml"], "the plan is a JSON file"),
+        (["--memory", "1.5GB", "-o", "."], "the plan is a JSON file"),
+        (["--memory", "1.5GB", "-o", f"{__file__}/plan.json"], "is a file. Choose another output"),
+        (["--memory", "1.5GB", "--set", "budgets=[package <= 1GB]"], "beside --memory"),
+        (["--memory", "1.5GB", "--set", "budgets.memory=1GB"], "--memory gives it already"),
+        (["--set", "budgets=[memory <= 1.5GB]"], None),
+        (["--set", "budgets.memory=1.5GB", "--set", "budgets.package=1GB"], None),
+        (["--memory", "1.5GB", "--set", "data=5"], "fit.data is unknown"),
+        (["--memory", "1.5GB", "--set", "distill.foo=3"], "distill.foo is unknown"),
+        (["--memory", "1.5GB", "--set", "data.foo=3"], "data.foo is unknown"),
     ],
 )
 def test_bad_input_ends_with_2(
@@ -216,6 +225,8 @@ def test_bad_models_end_with_2(
     assert (code, "there" in err) == (2, True)
     code, _, err = invoke(capsys, "-m", workshop / "train.txt", *target)
     assert (code, "neither a model folder nor a config.json" in err) == (2, True)
+    code, _, err = invoke(capsys, "-m", config, *target, "-d", workshop / "train.txt", "--distill-steps", 3)
+    assert (code, "is a config without weights" in err) == (2, True)
     code, _, err = invoke(capsys, "-m", "no-such/model", *target)
     assert (code, "HF_HUB_OFFLINE" in err) == (2, True)
     code, _, err = invoke(capsys, "-m", workshop / "teacher", "--target", "iphone-15pro", "--memory", "1GB")

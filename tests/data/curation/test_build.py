@@ -19,7 +19,7 @@ from dwindle.data.curation.normalization import Normalization
 from dwindle.data.curation.personal_data import PersonalData
 from dwindle.data.curation.quality import Quality
 from dwindle.data.sources import read_documents
-from dwindle.errors import DataError, RecipeError
+from dwindle.errors import DataError, OutputError, RecipeError
 from dwindle.storage import hash_folder
 
 WORDS = [
@@ -66,6 +66,19 @@ def options(tmp_path: Path) -> CorpusOptions:
                 Decontamination((EvaluationText("quiz", str(tmp_path / "quiz.jsonl")),), shortest=8), PersonalData()),
         splits=SplitOptions(calibration=0.1, evaluation=0.2), name="small", seed=7,
     )  # fmt: skip
+
+
+def test_only_a_corpus_is_replaced(options: CorpusOptions, tmp_path: Path) -> None:
+    options = replace(options, stages=())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match=r"something else than a corpus \(letter\.txt\)"):
+        build_corpus(options, tmp_path / "mine")
+    with pytest.raises(OutputError, match="is a file"):
+        build_corpus(options, tmp_path / "mine" / "letter.txt")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    first = build_corpus(options, tmp_path / "C")
+    assert build_corpus(options, tmp_path / "C") == first
 
 
 def test_a_corpus_and_its_card(options: CorpusOptions, tmp_path: Path) -> None:
