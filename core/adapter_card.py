@@ -25,8 +25,8 @@ from dwindle.typed_json import require_types
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CARD_FILE", "CONFIG_FILE", "SCHEMA", "WEIGHTS_FILE", "AdapterCard", "require_adapter_place", "require_whole",
-           "weights_sha256"]  # fmt: skip
+__all__ = ["CARD_FILE", "CONFIG_FILE", "SCHEMA", "WEIGHTS_FILE", "AdapterCard", "require_adapter_place",
+           "require_whole", "weights_sha256"]  # fmt: skip
 
 CARD_FILE = "adapter_card.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

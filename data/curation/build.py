@@ -53,8 +53,8 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Write the corpus to `output` and return its card; `tokenizer` is the student's, for counts of tokens.
 
-    Raises DataError for text that cannot be used and for a corpus of which nothing is left, OutputError for a place that
-    holds something else than a corpus.
+    Raises DataError for text that cannot be used and for a corpus of which nothing is left, OutputError for a
+    place that holds something else than a corpus.
     """
     require_place(output, MANIFEST, "a corpus")
     check_sources([Source.parse(one.place, one.text).place for one in options.sources], "text")

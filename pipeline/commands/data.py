@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dwindle.errors import RecipeError
 from dwindle.pipeline.commands.corpora import build, show
 from dwindle.pipeline.commands.shared import (
     data_option,
@@ -20,7 +21,6 @@ from dwindle.pipeline.commands.shared import (
     seed_option,
     split_settings,
 )
-from dwindle.errors import RecipeError
 from dwindle.storage import beside
 
 __all__ = ["data"]
