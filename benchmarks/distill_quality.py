@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from marked_page import between
-from protocol import RealModel, model_folder
+from protocol import RealModel, Training, model_folder
 from safetensors.torch import load_file, save_file
 
 from dwindle import distill, prune
@@ -45,19 +45,7 @@ EVALUATION_TOKENS = 32_768
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a model's students are trained."""
-
-    steps: int
-    batch: int
-    """Windows per step."""
-    context: int
-    """Tokens a window predicts."""
-    learning_rate: float
-
-
-SETTINGS = {"stories260K": Setting(300, 8, 128, 2e-3), "pycode-6m": Setting(150, 4, 128, 3e-4)}
+SETTINGS = {"stories260K": Training(300, 8, 128, 2e-3), "pycode-6m": Training(150, 4, 128, 3e-4)}
 
 
 @dataclass(frozen=True)
@@ -115,15 +103,13 @@ class Bench:
         """Return the training windows."""
         setting = self.setting
         train = tuple(self.real.text.place(place) for place in self.real.text.train)
-        wanted = (setting.steps + 1) * setting.batch * (setting.context + 1)
+        wanted = (setting.windows + setting.batch) * (setting.context + 1)
         options = DataOptions(train=train, context=setting.context, train_tokens=wanted)
         return training_set(options, self.teacher.tokenizer, self.teacher.anatomy.context)
 
     def options(self, row: Row) -> DistillOptions:
         """Return how a row trains."""
-        setting = self.setting
-        return DistillOptions(steps=setting.steps, batch_size=setting.batch, learning_rate=setting.learning_rate,
-                              **row.options)  # fmt: skip
+        return self.setting.options(**row.options)
 
     def trained(self, row: Row, peer: str | None) -> ModelBundle:
         """Return the student after a row's training."""

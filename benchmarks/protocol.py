@@ -22,19 +22,42 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dwindle.bundle import ModelBundle
 from dwindle.data import DataOptions, calibration_set, evaluation_set
+from dwindle.distill import DistillOptions
 from dwindle.measure import Meter
 from dwindle.report import Measurement
 from dwindle.token_set import TokenSet
 
-__all__ = ["MODELS", "RealModel", "assets", "model_folder"]
+__all__ = ["MODELS", "RealModel", "Training", "assets", "model_folder"]
 
 WINDOWS = 128
 """Calibration windows."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the students of a table are trained."""
+
+    steps: int
+    batch: int
+    """Windows per step."""
+    context: int
+    """Tokens a window predicts."""
+    learning_rate: float
+
+    @property
+    def windows(self) -> int:
+        """Return how many windows are trained on."""
+        return self.steps * self.batch
+
+    def options(self, **others: Any) -> DistillOptions:
+        """Return the options of a row."""
+        return DistillOptions(steps=self.steps, batch_size=self.batch, learning_rate=self.learning_rate, **others)
 
 
 @dataclass(frozen=True)
