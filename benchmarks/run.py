@@ -13,7 +13,8 @@ on a model of a billion weights (`scale.py`), `host` holds estimates of this mac
 (`prune_quality.py`; an hour or two, it goes on where it stopped), `distill-loss`, `distill-step` and `distill-quality`
 measure a loss alone, a training step and the students of each loss (`distill_loss.py`, `distill_step.py`,
 `distill_quality.py`), `report` opens the report of a 32-layer model in a browser (`report_page.py`),
-`data` plants copies, evaluation n-grams and personal data, and times curation (`data_curation.py`).
+`data` plants copies, evaluation n-grams and personal data, and times curation (`data_curation.py`), `data-pays` trains
+students on raw, curated and written text, and on learned mixtures (`data_pays.py`, `data_mixture.py`).
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def main() -> None:
         elif name == "data-pays":
             results = ["--results", str(RESULTS / "data_pays.json")]
             subprocess.run([sys.executable, str(HERE / "data_pays.py"), *results], check=True)
+            subprocess.run([sys.executable, str(HERE / "data_mixture.py")], check=True)
         elif name == "data":
             given = ["--peer", peers[2]] if len(peers) > 2 else []
             subprocess.run([sys.executable, str(HERE / "data_curation.py"), *given], check=True)

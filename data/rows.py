@@ -77,7 +77,7 @@ def _value(row: dict[str, Any], column: str, where: str) -> str:
 def _no_column(where: str, column: str, found: list[str]) -> str:
     return (
         f"{where}: no column '{column}'; the columns are {offenders(found) or 'none'}. "
-        "Name one with data.text_column or as PLACE::COLUMN."
+        "Name one with data.text_column or as PLACE::COLUMN (in a corpus recipe as text of the source)."
     )
 
 

@@ -66,10 +66,14 @@ def load_corpus_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Corpu
         raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe. One to start from is recipes/corpus.yaml.") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{path}: a folder, needed a recipe: a YAML file that names this folder under sources "
+                          "(dwindle data build --help has a small one).") from error  # fmt: skip
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe ({error}).") from error
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{path}: found {type(raw).__name__}, needed a mapping with the keys {', '.join(_TOP)}.")
+        raise RecipeError(f"{path}: found {type(raw).__name__}, needed a mapping with the keys {', '.join(_TOP)}. "
+                          "Text is named in a recipe (dwindle data build --help has a small one).")  # fmt: skip
     merged = dict(raw)
     for keys, value in parse_overrides(overrides):
         _set(merged, keys, value)

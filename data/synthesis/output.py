@@ -24,7 +24,7 @@ from dwindle.tokenization import encode_plain
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["require_place", "write_synthesis"]
+__all__ = ["require_place", "synthesis_summary", "write_synthesis"]
 
 _FILES = {"synthetic.jsonl", "card.json", "card.md"}
 
@@ -68,6 +68,14 @@ def write_synthesis(
         write_json(partial / "card.json", card)
         write_text(partial / "card.md", _markdown(card))
     return card
+
+
+def synthesis_summary(card: dict[str, Any]) -> str:
+    """Return what a card says, in lines for a terminal."""
+    pieces = card["pieces"]
+    took = "".join(f"\n  {why}: {number:,}" for why, number in pieces["dropped"].items())
+    return (f"{pieces['documents_out']:,} of {pieces['documents_in']:,} pieces kept, {pieces['bytes_out']:,} bytes, "
+            f"{card['tokens']:,} tokens{took}")  # fmt: skip
 
 
 def _markdown(card: dict[str, Any]) -> str:

@@ -24,7 +24,17 @@ __all__ = ["build", "show"]
 @json_option
 def build(recipe: str, output: str, model: str | None, settings: tuple[str, ...], workers: int, dry_run: bool,
           as_json: bool) -> None:  # fmt: skip
-    """Read the sources of RECIPE, curate them, and write a corpus with splits and a data card."""
+    """Read the sources of RECIPE, curate them, and write a corpus with splits and a data card.
+
+    RECIPE is a YAML file such as this one; recipes/corpus.yaml and docs/data.md have all keys.
+
+    \b
+    version: 1
+    sources:
+      - {name: mine, place: texts/, licence: MIT}
+      - {name: rows, place: faq.jsonl, text: "{question} {answer}"}
+    steps: [normalization, exact_duplicates, quality, code_quality, near_duplicates, personal_data]
+    """
     from dwindle.data.curation.build import build_corpus
     from dwindle.data.curation.card_text import card_summary
     from dwindle.pipeline.corpus_recipe import load_corpus_recipe
@@ -50,18 +60,19 @@ def build(recipe: str, output: str, model: str | None, settings: tuple[str, ...]
 @click.argument("corpus", type=click.Path())
 @json_option
 def show(corpus: str, as_json: bool) -> None:
-    """Show the data card of CORPUS."""
+    """Show the data card of CORPUS: a folder that `data build` or `data synthesize` wrote."""
     from dwindle.data.corpus_folder import read_manifest
     from dwindle.data.curation.card_text import card_summary
+    from dwindle.data.synthesis.output import synthesis_summary
     from dwindle.errors import DataError
 
     folder = Path(corpus)
-    if read_manifest(folder) is None:
-        raise DataError(f"{corpus}: no corpus (corpus.json was looked for). Build one with dwindle data build.")
+    synthetic = (folder / "synthetic.jsonl").is_file()
+    if not synthetic and read_manifest(folder) is None:
+        raise DataError(f"{corpus}: no corpus (corpus.json or synthetic.jsonl was looked for). Build one with dwindle "
+                        "data build.")  # fmt: skip
     try:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder / 'card.json'}: the card cannot be read ({error}). Build the corpus again."
-        ) from error
-    emit(card, card_summary(card), as_json)
+        raise DataError(f"{folder / 'card.json'}: the card cannot be read ({error}). Make the folder again.") from error
+    emit(card, synthesis_summary(card) if synthetic else card_summary(card), as_json)

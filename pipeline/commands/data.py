@@ -66,7 +66,7 @@ def synthesize(
     from dwindle.data.curation.stage_count import StageCount
     from dwindle.data.sources import check_sources
     from dwindle.data.synthesis import SynthesisOptions
-    from dwindle.data.synthesis.output import require_place, write_synthesis
+    from dwindle.data.synthesis.output import require_place, synthesis_summary, write_synthesis
     from dwindle.data.synthesis.step import synthesized
 
     own, of_data = split_settings(settings, values)
@@ -90,10 +90,7 @@ def synthesize(
     pieces = synthesized(writer, options, _Documents(data, column), folder=work, count=count, verifier=judge)
     card = write_synthesis(place, pieces, count, writer, options)
     shutil.rmtree(work, ignore_errors=True)
-    pieces = card["pieces"]
-    took = "".join(f"\n  {why}: {number:,}" for why, number in pieces["dropped"].items())
-    emit(card, f"{pieces['documents_out']:,} of {pieces['documents_in']:,} pieces kept, {pieces['bytes_out']:,} bytes, "
-         f"{card['tokens']:,} tokens{took}\nWritten: {output}", as_json)  # fmt: skip
+    emit(card, f"{synthesis_summary(card)}\nWritten: {output}", as_json)
 
 
 class _Documents:

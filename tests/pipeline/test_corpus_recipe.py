@@ -106,6 +106,22 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff")
     with pytest.raises(RecipeError, match="cannot be read as a recipe"):
         load_corpus_recipe(tmp_path / "b.yaml")
+    with pytest.raises(RecipeError, match="a folder, needed a recipe: a YAML file that names this folder"):
+        load_corpus_recipe(tmp_path)
+    (tmp_path / "story.txt").write_text("Once upon a time")
+    with pytest.raises(RecipeError, match=r"found str, needed a mapping.*Text is named in a recipe"):
+        load_corpus_recipe(tmp_path / "story.txt")
+
+
+def test_the_recipe_in_the_help_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not run("data", "build", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip() == "version: 1")
+    text = "\n".join(line[2:] for line in lines[start : lines.index("", start)])
+    (tmp_path / "recipe.yaml").write_text(text)
+    options = load_corpus_recipe(tmp_path / "recipe.yaml")
+    assert [source.name for source in options.sources] == ["mine", "rows"]
+    assert options.stages[-1].name == "personal_data"
 
 
 def run(*words: str) -> int:

@@ -30,7 +30,9 @@ def command(
     return run
 
 
-def test_a_model_writes_a_folder(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_a_model_writes_a_folder(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--kind", "continue", "--pieces", "6", "--most-share", "0.9", "--set", "temperature=0.9", "--verifier", str(tmp_path / "teacher"),
              "--set", "verifier.least=-100")  # fmt: skip
     code, out, _ = command(*words, "--json")
@@ -44,6 +46,10 @@ def test_a_model_writes_a_folder(command: Callable[..., tuple[int, str, str]], t
     code, out, _ = command(*words)
     assert (code, (tmp_path / "out" / "synthetic.jsonl").read_bytes()) == (0, first)
     assert "pieces" in out
+    with pytest.raises(SystemExit) as end:
+        main(["data", "show", str(tmp_path / "out")])
+    assert not end.value.code
+    assert out == f"{capsys.readouterr().out}Written: {tmp_path / 'out'}\n"
 
 
 @pytest.mark.parametrize(("words", "said"), [
