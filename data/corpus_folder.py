@@ -5,7 +5,8 @@
     CORPUS/train/SOURCE.jsonl.zst         one file for each source; the same under calibration/ and evaluation/
 
 Wherever `-d` takes text, such a folder stands for its split of the role: training reads train/, and where a recipe
-names no calibration or evaluation text, those of the corpus are taken.
+names no calibration or evaluation text, those of the corpus are taken. Text that a model wrote (`synthesize`) is no
+source of the recipe and has no weight there: it keeps its share of the bytes beside the sources' text.
 """
 
 from __future__ import annotations
@@ -60,6 +61,18 @@ def role_folder(place: str | Path, role: str) -> str | Path:
     return place if "::" in str(place) or read_manifest(folder) is None else folder / role
 
 
+def _weights(files: list[dict[str, Any]], given: dict[str, float]) -> tuple[float, ...]:
+    """Return a weight for each file; what a model wrote has the weight of its bytes beside those of the sources.
+
+    >>> files = [{"source": "a", "bytes": 300}, {"source": "b", "bytes": 100}, {"source": "synthetic:m", "bytes": 200}]
+    >>> _weights(files, {"a": 1, "b": 3})
+    (1.0, 3.0, 2.0)
+    """
+    named = [one for one in files if one["source"] in given]
+    per_byte = sum(given[one["source"]] for one in named) / max(1, sum(one["bytes"] for one in named)) or 1.0
+    return tuple(float(given.get(one["source"], per_byte * one["bytes"])) for one in files)
+
+
 def of_corpus(options: DataOptions) -> DataOptions:
     """Return options in which a corpus is replaced by what it holds.
 
@@ -81,7 +94,7 @@ def of_corpus(options: DataOptions) -> DataOptions:
         if manifest.get("weights") and options.weights is None:
             files = manifest["splits"]["train"]["files"]
             changes["train"] = tuple(str(folder / one["path"]) for one in files)
-            changes["weights"] = tuple(float(manifest["weights"][one["source"]]) for one in files)
+            changes["weights"] = _weights(files, manifest["weights"])
     if "train" not in changes:
         changes["train"] = tuple(
             place if manifest is None else str(Path(place).expanduser() / "train")

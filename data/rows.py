@@ -21,6 +21,8 @@ from dwindle.errors import DataError, offenders
 __all__ = ["READERS", "pick", "row_texts"]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_MARK = "\ufeff"
+"""Byte order mark, with which spreadsheets begin a file."""
 
 
 def row_texts(path: Path, column: str) -> Iterator[str]:
@@ -71,7 +73,18 @@ def _value(row: dict[str, Any], column: str, where: str) -> str:
         raise DataError(
             f"{where}: column '{column}' holds a {type(value).__name__}, text is needed. Name another column."
         )
+    if not value.isascii():
+        _require_unicode(value, column, where)
     return value
+
+
+def _require_unicode(value: str, column: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and no tokenizer reads."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        why = f"{error.reason} at {error.start:,}"
+        raise DataError(f"{where}: column '{column}' holds text that is no Unicode ({why}). Mend it.") from error
 
 
 def _no_column(where: str, column: str, found: list[str]) -> str:
@@ -95,7 +108,7 @@ def _json_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     """Yield the entries of a JSON list, each decoded as soon as all of it has been read."""
     decode = json.JSONDecoder().raw_decode
     with open_text(path) as handle:
-        text = handle.read(1 << 20)
+        text = handle.read(1 << 20).removeprefix(_MARK)
         at = _SPACE.match(text).end()  # type: ignore[union-attr]
         if text[at : at + 1] != "[":
             kind = {"{": "dict", '"': "str"}.get(text[at : at + 1], "value")
@@ -124,7 +137,7 @@ def _json_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = csv.DictReader(line.decode() for _, line in lines(path))
+    rows = csv.DictReader(line.decode().removeprefix(_MARK if number == 1 else "") for number, line in lines(path))
     for row in rows:
         yield f"{path}:{rows.line_num}", row
 

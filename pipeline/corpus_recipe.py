@@ -55,7 +55,7 @@ STAGES = {
 
 _TOP = ("version", "name", "seed", "folders", "sources", "licences", "steps", "splits", "format")
 _LICENCES = ("allowed", "forbidden")
-_PLACES = ("place", "teacher", "student", "encoder")
+_PLACES = ("place", "teacher", "student", "encoder", "model")
 """Keys whose values may name a folder as {folder}."""
 
 

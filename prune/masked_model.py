@@ -10,8 +10,8 @@ FFN units, o for KV groups). So nothing is copied, and the unmasked teacher is t
 masks are soft; in evaluation mode they are the ones and zeros that the scores stand for, and the logits are those of
 the model with the other units cut out.
 
-The training loop gives objectives no step number. The masked model counts its own training passes in a buffer, which
-checkpoints hold like any buffer, so that a resumed run goes on with the same masks.
+Which step's masks those are is told by the objective (`masks.UnmaskedTeacher`), to which the training loop says it: a
+batch that is cut into more pieces because memory ran out, or a resumed run, has the masks of its step.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MaskedModel(nn.Module):
     """A model with masks along some axes: soft in training mode, hard in evaluation mode.
 
     The model is neither copied nor changed and gets no gradients, unless it is `trained`: then it is a part of this
-    module. `pieces` are the passes that make up one optimizer step.
+    module.
     """
 
     def __init__(
@@ -83,21 +83,19 @@ class MaskedModel(nn.Module):
         anatomy: Anatomy,
         axes: Mapping[MaskAxis, AxisMasks],
         *,
-        pieces: int = 1,
         trained: bool = False,
     ) -> None:
         super().__init__()
         self._frozen: tuple[nn.Module, ...] = () if trained else (model,)
-        self._anatomy, self._pieces = anatomy, pieces
+        self._anatomy = anatomy
         self.trained = model if trained else None
         self.axes = nn.ModuleDict({str(axis): masks for axis, masks in axes.items()})
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.step = 0
+        """Optimizer step whose soft masks a call uses."""
 
     def forward(self, **inputs: Any) -> Any:
-        """Return what the model returns with masked units; in training mode, count the pass."""
+        """Return what the model returns with masked units."""
         masks = self.masks()
-        if self.training:
-            self.get_buffer("passes").add_(1)
         model = self._frozen[0] if self.trained is None else self.trained
         with _masked_inputs(model, self._by_reader(masks)):
             if self.trained is not None:
@@ -107,8 +105,7 @@ class MaskedModel(nn.Module):
 
     def masks(self) -> dict[MaskAxis, Tensor]:
         """Return the masks [L, n] that a call would use now, by axis."""
-        step = int(self.get_buffer("passes")) // self._pieces
-        return {axis: masks.soft(step) if self.training else masks.hard() for axis, masks in self._axes().items()}
+        return {axis: masks.soft(self.step) if self.training else masks.hard() for axis, masks in self._axes().items()}
 
     def _axes(self) -> dict[MaskAxis, AxisMasks]:
         return cast("dict[MaskAxis, AxisMasks]", dict(self.axes.items()))

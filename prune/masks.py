@@ -77,13 +77,19 @@ class LearnedMasks:
 class UnmaskedTeacher:
     """The objective of the training loop: mean KL(unmasked || masked) over all B * T positions."""
 
-    def __init__(self, bundle: ModelBundle) -> None:
-        self._teacher = bundle.model
+    def __init__(self, bundle: ModelBundle, step: int = 0) -> None:
+        self._bundle, self._step = bundle, step
+
+    def at(self, step: int, steps: int) -> UnmaskedTeacher:
+        """Return the objective of optimizer step `step` (0-based): that of its masks."""
+        return UnmaskedTeacher(self._bundle, step)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss in nats per token; every position of `batch` [B, T] is predicted from."""
+        masked: Any = model
+        masked.step = self._step
         with torch.no_grad():
-            wanted = _logits(self._teacher, batch)
+            wanted = _logits(self._bundle.model, batch)
         return forward_kl(_logits(model, batch), wanted), {}
 
 
@@ -152,8 +158,7 @@ def train_masks(
     }
     copied = options.weight_rate is not None
     model: Any = copy.deepcopy(bundle.model).requires_grad_(True) if copied else bundle.model
-    pieces = training.gradient_accumulation
-    masked = MaskedModel(model, anatomy, axes, pieces=pieces, trained=copied).to(bundle.model.device)
+    masked = MaskedModel(model, anatomy, axes, trained=copied).to(bundle.model.device)
     identity = {"teacher": bundle.content_sha256, "kept": kept, **options.schedules}
     result = train(masked, UnmaskedTeacher(bundle), windows, training,
                    folder=folder, on_step=on_step, identity=identity)  # fmt: skip

@@ -16,7 +16,6 @@ from dwindle.data.byte_stream import suffix
 from dwindle.data.curation.corpus_options import SourceOptions
 from dwindle.data.document import Document
 from dwindle.data.sources import CODE_SUFFIXES, Source, read_documents
-from dwindle.errors import DataError
 
 __all__ = ["SourceReading"]
 
@@ -46,12 +45,7 @@ class SourceReading:
                     return
                 self.documents += 1
                 self.bytes += document.bytes
-                try:
-                    self._digest.update(document.text.encode() + b"\0")
-                except UnicodeEncodeError as error:
-                    raise DataError(
-                        f"{file}: text that is no Unicode ({error.reason} at {error.start:,}). Mend the escapes in it."
-                    ) from error
+                self._digest.update(document.text.encode() + b"\0")
                 name = f"{options.name}/{inside}#{number}"
                 yield Document(document.text, options.name, licence=options.licence, id=name, how=how)
 

@@ -41,6 +41,8 @@ class Repetition:
         wrong = [f"{name}={list(values)!r} (needed: {number} shares between 0 and 1)"
                  for name, values, number in (("commonest", self.commonest, 3), ("repeated", self.repeated, 6))
                  if len(values) != number or not all(0 <= v <= 1 for v in values)]  # fmt: skip
+        if not self.least_words >= 1:
+            wrong.append(f"least_words={self.least_words!r} (needed: a whole number of at least 1)")
         if wrong:
             raise RecipeError(f"repetition: {'; '.join(wrong)}.")
 

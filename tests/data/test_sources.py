@@ -96,6 +96,16 @@ def test_a_record_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pyte
             texts(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", 'text,label\n"\ufeffcat",x\n'), ("a.json", '[{"text": "\ufeffcat"}]'),
+     ("a.jsonl", '{"text": "\ufeffcat"}\n')],
+)  # fmt: skip
+def test_a_byte_order_mark_in_front_of_rows_is_no_part_of_them(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(f"\ufeff{content}", encoding="utf-8")
+    assert texts(tmp_path / name) == ["\ufeffcat"]
+
+
 def test_the_column_can_stand_in_the_place(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\nq,a\n")
     assert texts(f"{tmp_path / 'a.csv'}::answer") == ["a"]
@@ -122,6 +132,7 @@ def test_a_missing_column_names_those_found(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a.jsonl:2: no JSON"),
         ("a.jsonl", b"[1]\n", r"a.jsonl:1: a list, but an object"),
         ("a.jsonl", b'{"text": 5}\n', r"column 'text' holds a int"),
+        ("a.jsonl", b'{"text": "half \\ud83d"}\n', r"a.jsonl:1: column 'text' holds text that is no Unicode"),
         ("a.json", b'{"text": "x"}', r"a JSON dict, but a list of objects"),
         ("a.json", b"[{]", r"no JSON .*name it .jsonl"),
         ("a.parquet", b"PAR1 no", r"no readable parquet"),

@@ -8,6 +8,7 @@ import pytest
 
 from dwindle.data.curation.near_duplicates import NearDuplicates
 from dwindle.data.curation.quality import Quality
+from dwindle.data.synthesis.stage import Synthesize
 from dwindle.errors import RecipeError
 from dwindle.pipeline.cli import main
 from dwindle.pipeline.corpus_recipe import STAGES, load_corpus_recipe
@@ -67,6 +68,14 @@ def test_settings(recipe: Path) -> None:
     assert quality.least_common_words is None
     assert isinstance(near, NearDuplicates)
     assert (near.options.ngram, near.options.edited) == (4, 0.9)
+
+
+def test_the_models_of_a_synthesis_may_lie_in_a_folder(recipe: Path) -> None:
+    step = '{synthesize: {teacher: "{texts}/a", kinds: [free], verifier: {model: "{texts}/b"}}}'
+    (stage,) = load_corpus_recipe(recipe, ["folders.texts=/t", f"steps=[{step}]"]).stages
+    assert isinstance(stage, Synthesize)
+    assert stage.verifier is not None
+    assert (stage.teacher, stage.verifier.model) == ("/t/a", "/t/b")
 
 
 def test_all_mistakes_come_at_once(recipe: Path) -> None:

@@ -119,15 +119,35 @@ def test_the_schedules_follow_the_optimizer_steps(tiny_bundle: Factory) -> None:
     bundle = tiny_bundle()
     options = MaskOptions(steps=10, gradient_accumulation=2, first_temperature=1.0, last_temperature=1e-3)
     schedule = MaskSchedule(64, 16, 10, options)
-    model = MaskedModel(bundle.model, bundle.anatomy, {"ffn": AxisMasks(normal(2, 64), schedule)}, pieces=2).train()
+    model = MaskedModel(bundle.model, bundle.anatomy, {"ffn": AxisMasks(normal(2, 64), schedule)}).train()
     sums = []
-    for _ in range(6):
+    for step in (0, 0, 1, 1, 2, 2):
+        UnmaskedTeacher(bundle).at(step, 10).loss(model, IDS)
         sums.append(model.masks()["ffn"][0].sum().item())
-        logits_of(model)
     assert sums == pytest.approx([40, 40, 16, 16, 16, 16], abs=1e-4)
-    logits_of(model.eval())
-    assert int(model.get_buffer("passes")) == 6
     assert schedule.temperature_at(9) == schedule.temperature_at(10) == pytest.approx(1e-3)
+
+
+def test_a_batch_cut_into_more_pieces_has_the_masks_of_its_step(
+    tiny_bundle: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_bundle()
+    options = MaskOptions(steps=4, batch_size=4, log_every=1)
+    whole = train_masks(bundle, {"ffn": 0.5}, tokens_of(bundle), options)
+    calls = []
+
+    def short_of_memory(student: Tensor, teacher: Tensor) -> Tensor:
+        calls.append(len(student))
+        if len(calls) == 2:  # in the second step
+            raise torch.OutOfMemoryError("out of memory")
+        return forward_kl(student, teacher)
+
+    monkeypatch.setattr("dwindle.prune.masks.forward_kl", short_of_memory)
+    cut = train_masks(bundle, {"ffn": 0.5}, tokens_of(bundle), options)
+    assert len(calls) == 2 + 3 * 2
+    losses = [[line.loss for line in one.training.history] for one in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch.allclose(whole.scores["ffn"][0], cut.scores["ffn"][0], atol=1e-4)
 
 
 def test_the_size_of_the_scores_does_not_matter() -> None:

@@ -140,7 +140,8 @@ def test_repetition() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: LanguageFilter(keep=("English",)), lambda: LanguageFilter(score=1), lambda: LanguageFilter(characters=0),
-                                  lambda: Repetition(commonest=(0.1,)), lambda: Repetition(repeated=(2,) * 6)])  # fmt: skip
+                                  lambda: Repetition(commonest=(0.1,)), lambda: Repetition(repeated=(2,) * 6),
+                                  lambda: Repetition(least_words=0)])  # fmt: skip
 def test_options_that_cannot_be_meant(make: Any) -> None:
     with pytest.raises(RecipeError, match="needed"):
         make()
