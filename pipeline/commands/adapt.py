@@ -16,6 +16,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     output_option,
@@ -51,6 +52,7 @@ __all__ = ["adapt", "task_lines"]
               "as in kind=dora, or of its task, as in task.template=plain.")  # fmt: skip
 @seed_option
 @device_option
+@memory_option
 @json_option
 def adapt(model: str, output: str, start: str | None, general: str | None, text: str | None, settings: tuple[str, ...],
           torch_device: str, as_json: bool, **values: Any) -> None:  # fmt: skip

@@ -18,6 +18,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     output_option,
@@ -46,6 +47,7 @@ __all__ = ["adapters", "recover"]
 @click.option("--text", type=click.Path(), help="Text to measure before and after on; not part of -d.")
 @seed_option
 @device_option
+@memory_option
 @json_option
 def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: str | None, torch_device: str,
             as_json: bool, **values: Any) -> None:  # fmt: skip
@@ -160,6 +162,7 @@ def compare(folders: tuple[str, ...], model: str | None, as_json: bool) -> None:
 @click.option(
     "--text", type=click.Path(), help="Text to measure on how far the merged model is from base plus adapter."
 )
+@memory_option
 @json_option
 def merge(folder: str, model: str, output: str, requantize: bool, keep_dtype: bool, text: str | None,
           as_json: bool) -> None:  # fmt: skip
@@ -195,6 +198,7 @@ def merge(folder: str, model: str, output: str, requantize: bool, keep_dtype: bo
               "the task, as in task.template=plain.")  # fmt: skip
 @seed_option
 @device_option
+@memory_option
 @json_option
 def traces(teacher: str, output: str, data: tuple[str, ...], prompt: str | None, completion: str | None,
            settings: tuple[str, ...], torch_device: str, as_json: bool, **values: Any) -> None:  # fmt: skip

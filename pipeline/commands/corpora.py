@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dwindle.pipeline.commands.shared import emit, json_option, notify, output_option
+from dwindle.pipeline.commands.shared import emit, json_option, memory_option, notify, output_option
 
 __all__ = ["build", "show"]
 
@@ -21,6 +21,7 @@ __all__ = ["build", "show"]
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes; the result is the "
               "same for any number.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check the recipe and say what would be done.")
+@memory_option
 @json_option
 def build(recipe: str, output: str, model: str | None, settings: tuple[str, ...], workers: int, dry_run: bool,
           as_json: bool) -> None:  # fmt: skip

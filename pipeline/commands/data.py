@@ -18,6 +18,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     seed_option,
     split_settings,
 )
@@ -51,6 +52,7 @@ data.add_command(show)
               help="Any other option, as in temperature=0.8, or verifier.asks=yes_no.")  # fmt: skip
 @seed_option
 @device_option
+@memory_option
 @json_option
 def synthesize(
     teacher: str, data: tuple[str, ...], output: str, verifier: str | None, settings: tuple[str, ...],

@@ -16,6 +16,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     save,
@@ -56,6 +57,7 @@ __all__ = ["distill"]
               "data.context=512.")  # fmt: skip
 @seed_option
 @device_option
+@memory_option
 @json_option
 def distill(
     teacher: str | None, offload_teacher: bool, model: str, data: tuple[str, ...], output: str | None, text: str | None,

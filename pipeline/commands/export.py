@@ -15,6 +15,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     output_option,
@@ -37,6 +38,7 @@ __all__ = ["export"]
 @data_option("Text the check's prompts come from.  [default: a built-in one]", required=False, multiple=False)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Any other key of a recipe's export step, as in decode_steps=128.")  # fmt: skip
+@memory_option
 @json_option
 def export(model: str, output: str, data: str | None, adapters: tuple[str, ...], bits: str | None,
            settings: tuple[str, ...], as_json: bool, **values: Any) -> None:  # fmt: skip

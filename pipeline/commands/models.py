@@ -16,6 +16,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     output_option,
@@ -53,6 +54,7 @@ _PARTS = {"ffn": "ffn_keep", "heads": "heads_keep", "width": "width_keep", "laye
 @click.option("--dry-run", is_flag=True, help="Print the plan as JSON; write nothing.")
 @seed_option
 @device_option
+@memory_option
 @json_option
 def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None, plan_file: str | None,
           masks: tuple[str, ...], no_compensate: bool, data: tuple[str, ...], dry_run: bool, seed: int,
@@ -178,6 +180,7 @@ def _read_json(path: str) -> Any:
 @click.option("--tokens", help="Measure the first so many tokens only.")
 @click.option("--context", help="Window length.  [default: the model's context]")
 @device_option
+@memory_option
 @json_option
 def evaluate(model: str, text: str, reference: str | None, tokens: str | None, context: str | None, torch_device: str,
              as_json: bool) -> None:  # fmt: skip

@@ -18,6 +18,7 @@ from dwindle.pipeline.commands.shared import (
     json_option,
     load,
     made_options,
+    memory_option,
     model_option,
     notify,
     output_option,
@@ -52,6 +53,7 @@ __all__ = ["quantize"]
               "data.calibration_windows=32.")  # fmt: skip
 @seed_option
 @device_option
+@memory_option
 @json_option
 def quantize(model: str, output: str, data: tuple[str, ...], target: str | None, plan_file: str | None,
              dry_run: bool, settings: tuple[str, ...], seed: int, torch_device: str, as_json: bool,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dwindle.pipeline.commands.shared import emit, json_option, notify
+from dwindle.pipeline.commands.shared import emit, json_option, memory_option, notify
 
 __all__ = ["reproduce"]
 
@@ -14,6 +14,7 @@ __all__ = ["reproduce"]
 @click.command()
 @click.argument("folder", metavar="RUN", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Folder for the second run.  [default: RUN-reproduced]")
+@memory_option
 @json_option
 def reproduce(folder: str, output: str | None, as_json: bool) -> int:
     """Run RUN's recipe again into a fresh folder and compare; exit 1 with a list if anything differs.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dwindle.pipeline.commands.shared import device_option, emit, json_option, notify, output_option
+from dwindle.pipeline.commands.shared import device_option, emit, json_option, memory_option, notify, output_option
 
 __all__ = ["compare", "demo", "report", "run"]
 
@@ -33,6 +33,7 @@ def _finish(report: Any, folder: Path, as_json: bool) -> int:
 @click.option("--seed", type=int, help="Seed of every random choice.  [default: the recipe's]")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; run nothing.")
 @device_option
+@memory_option
 @json_option
 def run(
     recipe: str,
@@ -67,6 +68,7 @@ def run(
 
 @click.command()
 @click.option("-o", "--output", default="dwindle-demo", show_default=True, type=click.Path(), help="Run folder.")
+@memory_option
 @json_option
 def demo(output: str, as_json: bool) -> int:
     """Run the whole line on the embedded teacher: prune, distill, quantize, export, check, report.

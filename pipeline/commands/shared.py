@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from dwindle.errors import RecipeError
-from dwindle.pipeline.option_values import fill
+from dwindle.pipeline.option_values import fill, parse_count
 
 __all__ = [
     "data_option",
@@ -20,6 +20,7 @@ __all__ = [
     "json_option",
     "load",
     "made_options",
+    "memory_option",
     "model_option",
     "notify",
     "output_option",
@@ -38,6 +39,25 @@ output_option = click.option("-o", "--output", required=True, type=click.Path(),
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 device_option = click.option("--torch-device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+
+
+def _hold_memory(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Hold the command to `--max-memory` until it ends."""
+    if value is None or context.resilient_parsing:
+        return
+    from dwindle.memory_limit import memory_held_to
+
+    try:
+        most = parse_count(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from None
+    if most < 1:
+        raise click.BadParameter(f"{value} is no amount of memory; give one as in 8GB.", context, parameter)
+    context.with_resource(memory_held_to(int(most)))
+
+
+memory_option = click.option("--max-memory", metavar="SIZE", expose_value=False, callback=_hold_memory, help="Most "
+                             "memory to hold, as in 8GB: what needs more is refused, or ended.")  # fmt: skip
 
 
 def data_option(help_text: str, *, required: bool = True, multiple: bool = True) -> Callable[[F], F]:
