@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class AdapterSteps:
     key: Callable[..., str]
     """(step, variant, options, inputs, rooms ...) -> the key that a result is stored under."""
     notify: Callable[[str], None]
+    _known: dict[tuple[str, str], Measurement] = field(default_factory=dict, init=False)
+    """What was measured in this run, by the hashes of base and adapter: each task begins where recovery ended."""
 
     def run(self, index: int, step: StepSpec, options: Any, end: Stage, unquantized: Stage) -> list[StepRecord]:
         """Give `end` the adapters of one step; return a record for each."""
@@ -115,11 +117,14 @@ class AdapterSteps:
         return replace(record, before=before, after=self._measured(end, Adapter.load(place)), details=details)
 
     def _measured(self, end: Stage, adapter: Adapter) -> Measurement:
-        """Return size and quality of a model with an adapter on it."""
+        """Return size and quality of a model with an adapter on it; the same pair is measured once."""
+        if (known := self._known.get((end.sha256, adapter.sha256))) is not None:
+            return known
         base = end.loaded(self.torch_device)
         quality, size = self.texts.of(base)[1].measure(adapter.on(base)), adapters.adapted_size(base, adapter)
-        return replace(quality, parameters=size.parameters, bytes=size.bytes, bits_per_weight=size.bits_per_weight,
-                       bits_per_weight_linear=size.bits_per_weight_linear)  # fmt: skip
+        whole = replace(quality, parameters=size.parameters, bytes=size.bytes, bits_per_weight=size.bits_per_weight,
+                        bits_per_weight_linear=size.bits_per_weight_linear)  # fmt: skip
+        return self._known.setdefault((end.sha256, adapter.sha256), whole)
 
 
 def require_trainable(recipe: Recipe, teacher: ModelBundle) -> None:

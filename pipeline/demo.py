@@ -12,8 +12,8 @@ import yaml
 
 from dwindle.pipeline.recipe import Recipe
 from dwindle.report import Report
-from dwindle.starter import TEACHER, corpus, story, tasks
-from dwindle.starter.tasks import question_text
+from dwindle.starter import TEACHER, corpus
+from dwindle.starter.skills import skill_tasks
 from dwindle.storage import write_text
 
 __all__ = ["demo_recipe", "run_demo"]
@@ -45,13 +45,12 @@ def demo_recipe(folder: Path) -> Recipe:
     ])  # fmt: skip
 
 
-def _task_records(folder: Path, kind: str) -> Path:
-    """Write one record of a kind for each story (once): the question without the story, for what needs none."""
-    place = folder / "tasks" / f"{kind}.jsonl"
+def _task_records(folder: Path, skill: str) -> Path:
+    """Write one record of a skill for each story (once)."""
+    place = folder / "tasks" / f"{skill}.jsonl"
     if not place.exists():
-        found = [next((t for t in tasks(story(seed)) if t.kind == kind), None)
-                 for seed in range(TASK_SEED, TASK_SEED + TASK_STORIES)]  # fmt: skip
-        rows = [{"prompt": question_text(t.question), "answer": t.answer, "choices": t.choices} for t in found if t]
+        found = skill_tasks(skill, range(TASK_SEED, TASK_SEED + TASK_STORIES))
+        rows = [{"prompt": task.prompt, "answer": task.answer, "choices": task.choices} for task in found]
         write_text(place, "".join(json.dumps(row) + "\n" for row in rows))
     return place
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-NAMES = {"recovery", "present", "future"}
+NAMES = {"recovery", "past", "negation"}
 
 
 @pytest.mark.demo
@@ -28,9 +28,9 @@ def test_the_demos_adapters_are_swapped_in_one_artifact(demo_run: Path, kind: st
     runner = open_artifact(demo_run / "export" / kind)
     for name in NAMES:
         runner.load_adapter(demo_run / "export" / kind / "adapters" / name)
-    ids = torch.tensor([base.tokenizer("Question: Say in the future: Mia found the kite.\nAnswer:").input_ids])
+    ids = torch.tensor([base.tokenizer("Question: Say that it is not true: Mia found the kite.\nAnswer:").input_ids])
     seen = []
-    for name in ("present", None, "future", "recovery", "present"):
+    for name in ("past", None, "negation", "recovery", "past"):
         model = base if name is None else Adapter.load(folders[name]).on(base)
         runner.activate(name)
         runner.reset()
@@ -50,8 +50,10 @@ def test_the_demos_tasks_are_learned(demo_run: Path) -> None:
     tasks = [step for step in report["steps"] if step["name"] == "adapt"]
     assert len(tasks) == 4
     for step in tasks:
-        before, after = (step["details"][f"metrics_{when}"]["label_accuracy"] for when in ("before", "after"))
-        assert after >= before - 0.05, step["details"]["task"]
+        before, after = (step["details"][f"metrics_{when}"] for when in ("before", "after"))
+        assert before["label_accuracy"] <= 0.4 and before["exact_match"] <= 0.1, step["details"]["task"]
+        assert after["label_accuracy"] >= 0.9, step["details"]["task"]
+        assert after["exact_match"] >= 0.4, step["details"]["task"]
     for artifact in report["artifacts"]:
         if artifact["variant"] != "float":
             assert {one["name"] for one in artifact["details"]["adapters"]} == NAMES
