@@ -32,6 +32,7 @@ from dwindle.clock import StepClock
 from dwindle.errors import RecipeError
 from dwindle.evaluation_mode import evaluating
 from dwindle.report import Skipped, StepRecord
+from dwindle.sharding import Processes
 from dwindle.storage import hash_json
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import require_tokenizer
@@ -69,7 +70,8 @@ def adapt(
         run = _Run(bundle, adapted, options, objective, tokens, general)
         began = task_quality(bundle if start is None else adapted, records, tokens, options.held_out_records)
         identity = run.identity(start)
-        best = BestAdapter(run.held_out_loss, options.patience, folder, hash_json(identity))
+        best = BestAdapter(run.held_out_loss, options.patience, folder, hash_json(identity),
+                           Processes.current(next(adapted.model.parameters()).device))  # fmt: skip
         with evaluating(adapted.model):
             best.start(adapted.model)
         result = train(adapted.model, run.objective, run.rows, run.training, folder=folder, on_step=on_step,
@@ -150,22 +152,21 @@ class _Run:
         self.replayed = 0
         self.objective: Objective
         self._judge: Objective
+        windows = self._replay(general, len(tokens.train), max(e.longest for e in tokens.train))
         if objective == "sft":
-            windows = self._replay(general, len(tokens.train), max(e.longest for e in tokens.train))
             self.rows = completion_rows(base, tokens.train, windows, licence)
             self._held_out = completion_rows(base, kept).ids
             self.objective = self._judge = CompletionLoss()
         else:
-            self.rows = preference_rows(base, tokens.train, licence)
+            self.rows = preference_rows(base, tokens.train, windows, licence)
             self._held_out = preference_rows(base, kept).ids
             held_to = adapted if options.reference == "start" else base
             with evaluating(held_to.model):
                 size = max(1, options.batch_size // options.gradient_accumulation)
-                known = [reference_log_probs(held_to.model, ids, size) for ids in (self.rows.ids, self._held_out)]
+                pairs = self.rows.ids[: len(tokens.train)]
+                known = [reference_log_probs(held_to.model, ids, size) for ids in (pairs, self._held_out)]
             self.objective = PreferenceLoss(known[0], options.beta, options.nll_weight)
             self._judge = PreferenceLoss(known[1], options.beta)
-            if general is not None and options.replay:
-                self.skipped += (Skipped("replay of general text", "dpo holds to its reference by beta"),)
         self.training: TrainOptions = options.run_options(objective, *self.rows.ids.shape)
 
     def _replay(self, general: TokenSet | None, records: int, longest: int) -> Tensor | None:

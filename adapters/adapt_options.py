@@ -38,7 +38,8 @@ class AdaptOptions(AdapterOptions):
     nll_weight: float = 0.0
     """dpo: weight of the chosen answers' mean loss, which holds up their probability."""
     replay: float = 0.05
-    """sft: share of the rows that are windows of general text (if such text is given), against forgetting."""
+    """Share of the rows, and of the loss, that are windows of general text (if such text is given), against
+    forgetting."""
     evaluations: int = 8
     """How often the held-out loss is looked at in a run, if `evaluate_every` does not say; the best adapter is kept."""
     patience: int | None = 3

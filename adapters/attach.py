@@ -24,6 +24,7 @@ from dwindle.adapters.options import AdapterOptions
 from dwindle.anatomy import Anatomy, require_dense
 from dwindle.errors import MissingExtra, RecipeError, offenders
 from dwindle.quantized_model import QuantizedLinear
+from dwindle.sharding import whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -117,11 +118,11 @@ def attach(bundle: ModelBundle, config: LoraConfig, seed: int = 0) -> ModelBundl
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's weights on the CPU by the names of a PEFT folder."""
+    """Return the adapter's weights on the CPU by the names of a PEFT folder; if sharded, every process must call."""
     from peft import get_peft_model_state_dict
 
     found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=NAME)
-    return {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    return {f"base_model.model.{name}": whole(tensor.detach()).cpu().contiguous() for name, tensor in found.items()}
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

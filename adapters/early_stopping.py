@@ -1,7 +1,8 @@
 """The best adapter of a run: kept whenever the held-out loss falls, and the run ended when it no longer does.
 
 Both are functions of the evaluations up to a step, which are written beside the checkpoints: a run that was cut off and
-goes on stops where, and keeps what, an undisturbed one does.
+goes on stops where, and keeps what, an undisturbed one does. Under `torchrun` every process evaluates alike and goes by
+the first one's loss, so that all stop together; the first one writes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.adapters.attach import adapter_tensors
+from dwindle.sharding import Processes
 from dwindle.storage import atomic_file, write_json
 
 __all__ = ["BestAdapter"]
@@ -25,13 +27,16 @@ class BestAdapter:
     """Evaluates an adapter in training and remembers its best state."""
 
     def __init__(
-        self, held_out_loss: Callable[[nn.Module], float], patience: int | None, folder: Path | None, identity: str
-    ) -> None:
+        self, held_out_loss: Callable[[nn.Module], float], patience: int | None, folder: Path | None, identity: str,
+        processes: Processes = Processes(),
+    ) -> None:  # fmt: skip
         self._loss, self._patience, self._folder, self._identity = held_out_loss, patience, folder, identity
+        self._processes = processes
         self.losses: dict[int, float] = {}
         self._tensors: dict[str, Tensor] = {}
         if folder is not None:
             self._read(folder)
+        processes.wait()
 
     def start(self, model: nn.Module) -> None:
         """Evaluate what training starts from, as step 0."""
@@ -41,8 +46,8 @@ class BestAdapter:
 
     def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
         """Return the held-out loss after so many steps; the model is in evaluation mode."""
-        self.losses[step] = self._loss(model)
-        if self._folder is not None:
+        self.losses[step] = self._processes.shared(self._loss(model))
+        if self._folder is not None and self._processes.first:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / _LOSSES, {"run": self._identity, "losses": self.losses})
         if self.best_step == step:
@@ -91,6 +96,6 @@ class BestAdapter:
         """Write the best weights. The losses stand there already: cut off in between, the step is evaluated again."""
         from safetensors.torch import save_file
 
-        if self._folder is not None:
+        if self._folder is not None and self._processes.first:
             with atomic_file(self._folder / _WEIGHTS) as partial:
                 save_file(self._tensors, partial, metadata={"run": self._identity, "step": str(step)})

@@ -9,6 +9,7 @@ log-probabilities are computed once, before the first step, so neither a second 
 needed. The values are those of TRL's `DPOTrainer` with its `sigmoid` loss.
 
 `nll_weight` adds the mean loss of the chosen answers' tokens: it holds up their probability, which DPO alone may lower.
+Windows of general text (replay) are learned as in `completion_loss`: their share of the rows is their share of the loss.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ __all__ = ["PreferenceLoss", "preference_sides", "reference_log_probs"]
 
 
 def preference_sides(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids [2B, T], starts [2B] and lengths [2B] of preference rows: all chosen, then all rejected."""
+    """Return ids [2B, T], starts [2B] and lengths [2B] of preference rows: all chosen, then all rejected.
+
+    A window of general text, which starts at 0, is predicted from its second token on.
+    """
     width = (batch.shape[1] - 4) // 2
     ids = torch.cat([batch[:, 4 : 4 + width], batch[:, 4 + width :]])
-    return ids, batch[:, 1].repeat(2), torch.cat([batch[:, 2], batch[:, 3]])
+    return ids, batch[:, 1].clamp(min=1).repeat(2), torch.cat([batch[:, 2], batch[:, 3]])
 
 
 @torch.no_grad()
@@ -46,12 +50,22 @@ class PreferenceLoss:
         self._reference, self._beta, self._nll_weight = reference, beta, nll_weight
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the mean loss over the pairs; parts: the mean reward margin, and the share of pairs ranked rightly."""
+        """Return the mean loss over the pairs; parts: the mean reward margin, and the share of pairs ranked rightly.
+
+        With windows of general text among them it is (1 - g) times that, and g times their loss per token, g their
+        share of the rows. They run in the same passes, so that every process of a launch calls the model alike.
+        """
         ids, starts, lengths = preference_sides(batch)
         chosen, rejected = sequence_log_probs(model, ids, starts, lengths).view(2, -1)
+        pair = batch[:, 1] > 0
+        pairs = pair.sum().clamp(min=1)
         reference = self._reference.to(batch.device)[batch[:, 0]]
-        margin = self._beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
-        loss = -nn.functional.logsigmoid(margin).mean()
+        margin = self._beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1])) * pair
+        loss = -(nn.functional.logsigmoid(margin) * pair).sum() / pairs
+        tokens = batch[:, 2] - starts[: len(batch)]
         if self._nll_weight:
-            loss = loss - self._nll_weight * chosen.sum() / (batch[:, 2] - batch[:, 1]).sum()
-        return loss, {"margin": float(margin.detach().mean()), "ranked": float((margin.detach() > 0).float().mean())}
+            loss = loss - self._nll_weight * (chosen * pair).sum() / (tokens * pair).sum().clamp(min=1)
+        general = 1 - pair.float().mean()
+        replayed = -(chosen * ~pair).sum() / (tokens * ~pair).sum().clamp(min=1)
+        told = {"margin": margin.sum(), "ranked": (margin > 0).sum()}
+        return loss * (1 - general) + replayed * general, {name: float(v.detach() / pairs) for name, v in told.items()}

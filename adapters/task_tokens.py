@@ -10,7 +10,8 @@ begin behind them. Rows of a `TokenSet` are of fixed length, so lengths stand in
     completion     [length, start, id 0, id 1, ... padding]                         loss on ids start ... length - 1
     preference     [index, start, length of chosen, length of rejected, chosen ids ..., rejected ids ...]
 
-A row of general text (replay) is a completion that starts at 0: every token but the first is predicted.
+A row of general text (replay) is a completion that starts at 0: every token but the first is predicted. Among
+preferences it stands on the chosen side, of index 0; its other side is its first two tokens, which count for nothing.
 """
 
 from __future__ import annotations
@@ -155,15 +156,22 @@ def completion_rows(
     return _token_set(bundle, found, examples, licence)
 
 
-def preference_rows(bundle: ModelBundle, pairs: Sequence[Encoded], licence: str | None = None) -> TokenSet:
-    """Return rows of the preference layout."""
-    width = max(pair.longest for pair in pairs)
-    found = torch.zeros(len(pairs), 4 + 2 * width, dtype=torch.int64)
-    for index, (row, pair) in enumerate(zip(found, pairs, strict=True)):
+def preference_rows(
+    bundle: ModelBundle, pairs: Sequence[Encoded], general: Tensor | None = None, licence: str | None = None
+) -> TokenSet:
+    """Return rows of the preference layout, with the windows of `general` [M, T] after them."""
+    width = max(max(pair.longest for pair in pairs), 0 if general is None else general.shape[1])
+    found = torch.zeros(len(pairs) + (0 if general is None else len(general)), 4 + 2 * width, dtype=torch.int64)
+    for index, (row, pair) in enumerate(zip(found, pairs, strict=False)):
         sides = [[*pair.prompt, *pair.answer], [*pair.prompt, *pair.rejected]]
         row[:4] = torch.tensor([index, len(pair.prompt), len(sides[0]), len(sides[1])])
         for at, side in zip((4, 4 + width), sides, strict=True):
             row[at : at + len(side)] = torch.tensor(side)
+    if general is not None:
+        windows = found[len(pairs) :]
+        windows[:, 2], windows[:, 3] = general.shape[1], 2
+        windows[:, 4 : 4 + general.shape[1]] = general
+        windows[:, 4 + width : 6 + width] = general[:, :2]
     return _token_set(bundle, found, pairs, licence)
 
 

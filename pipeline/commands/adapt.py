@@ -22,6 +22,7 @@ from dwindle.pipeline.commands.shared import (
     output_option,
     seed_option,
     split_settings,
+    writes,
 )
 from dwindle.storage import beside
 
@@ -88,6 +89,8 @@ def adapt(model: str, output: str, start: str | None, general: str | None, text:
     if measured is not None:
         notify("measuring what the base lost")
         adapter, record = room.with_forgetting(adapter, record, base, measured, begun)
+    if not writes():
+        return
     adapter.save(place)
     shutil.rmtree(work, ignore_errors=True)
     skipped = [f"Not done: {s.what}: {s.why}" for s in record.skipped]

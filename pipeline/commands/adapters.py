@@ -25,6 +25,7 @@ from dwindle.pipeline.commands.shared import (
     save,
     seed_option,
     split_settings,
+    writes,
 )
 from dwindle.storage import beside
 
@@ -75,6 +76,8 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
         notify("measuring before and after")
         adapter, record, told = room.measured(adapter, record, base, meter)
         lines += told
+    if not writes():
+        return
     adapter.save(place)
     shutil.rmtree(work, ignore_errors=True)
     emit(record.to_json(), "\n".join([*lines, f"Written: {output}"]), as_json)

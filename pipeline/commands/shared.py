@@ -30,6 +30,7 @@ __all__ = [
     "split_settings",
     "step_line",
     "tell_written",
+    "writes",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,9 +106,14 @@ def step_line(record: Any) -> str:
     )
 
 
+def writes() -> bool:
+    """Return whether this process writes: under torchrun every process has the result, and the first one writes it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def save(bundle: Any, record: Any, output: str, as_json: bool) -> None:
     """Write the bundle and say what the step did."""
-    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun every process has the result; the first one writes it
+    if not writes():
         return
     bundle.save(Path(output))
     tell_written(record, output, as_json)

@@ -85,6 +85,21 @@ def test_dpo_equals_its_formula_with_a_reference_computed_before(tiny_bundle: Fa
     assert 0 <= parts["ranked"] <= 1
 
 
+def test_replay_has_its_share_of_dpo_too(tiny_bundle: Factory) -> None:
+    bundle, other = tiny_bundle(seed=1), tiny_bundle(seed=2)
+    pairs = encoded(bundle, PAIRS, *TWO)
+    general = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+    alone, mixed = preference_rows(bundle, pairs).ids, preference_rows(bundle, pairs, general).ids
+    objective = PreferenceLoss(reference_log_probs(other.model, alone, 8), beta=0.2, nll_weight=0.3)
+    without, parts = objective.loss(bundle.model, alone)
+    together, mixed_parts = objective.loss(bundle.model, mixed)
+    of_text = -sum(naive(bundle.model, tuple(w[:1].tolist()), tuple(w[1:].tolist())) for w in general) / (2 * 49)
+    assert together.item() == pytest.approx((6 * without.item() + 2 * float(of_text)) / 8, abs=1e-5)
+    assert mixed_parts == pytest.approx(parts, abs=1e-5)
+    only_text = objective.loss(bundle.model, mixed[6:])[0]
+    assert only_text.item() == pytest.approx(float(of_text), abs=1e-5)
+
+
 def test_dpo_begins_at_log_two_and_its_gradient_raises_the_chosen(tiny_bundle: Factory) -> None:
     bundle = tiny_bundle()
     rows = preference_rows(bundle, encoded(bundle, PAIRS, *TWO)).ids
