@@ -28,15 +28,15 @@ class BestAdapter:
 
     def __init__(
         self, held_out_loss: Callable[[nn.Module], float], patience: int | None, folder: Path | None, identity: str,
-        processes: Processes = Processes(),
+        processes: Processes | None = None,
     ) -> None:  # fmt: skip
         self._loss, self._patience, self._folder, self._identity = held_out_loss, patience, folder, identity
-        self._processes = processes
+        self._processes = processes or Processes()
         self.losses: dict[int, float] = {}
         self._tensors: dict[str, Tensor] = {}
         if folder is not None:
             self._read(folder)
-        processes.wait()
+        self._processes.wait()
 
     def start(self, model: nn.Module) -> None:
         """Evaluate what training starts from, as step 0."""

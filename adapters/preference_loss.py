@@ -9,7 +9,7 @@ log-probabilities are computed once, before the first step, so neither a second 
 needed. The values are those of TRL's `DPOTrainer` with its `sigmoid` loss.
 
 `nll_weight` adds the mean loss of the chosen answers' tokens: it holds up their probability, which DPO alone may lower.
-Windows of general text (replay) are learned as in `completion_loss`: their share of the rows is their share of the loss.
+Windows of general text (replay) count as in `completion_loss`: their share of the rows is their share of the loss.
 """
 
 from __future__ import annotations
