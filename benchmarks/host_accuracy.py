@@ -2,11 +2,12 @@
 
     python benchmarks/host_accuracy.py [--rounds 3] [--threads 1] [--sizes 6M 170M] [--work FOLDER]
 
-Estimate and measurement take turns: a round measures the profile of this machine afresh and then runs every artifact,
-each in a fresh process. What is compared is the median of each side's rounds. On one thread decode is compared in
-processor time, too: on a machine that others use a token waits for its turn, and no look at the machine can know how
-long; on quiet cores both are the same. Goals: decode within 20 %, peak memory within 10 %. Prints a table and, last,
-one JSON line. `make bench`, case `host`.
+Estimate and measurement take turns: before and after every measurement, which is a fresh process, the profile of this
+machine is measured afresh, and the mean of the two estimates is held to it. The median ratio over the rounds counts,
+with the least and the largest: machines that others use drift by half within seconds, and what was measured minutes
+apart says more about that than about the model. On one thread decode is compared in processor time, too: a token
+waits for its turn, and no look at the machine can know how long; on quiet cores both are the same. Goals: decode within
+20 %, peak memory within 10 %. Prints a table and, last, one JSON line. `make bench`, case `host`.
 """
 
 from __future__ import annotations
@@ -90,6 +91,14 @@ def measured(folder: Path, options: BenchOptions) -> dict[str, float]:
     return {**found, "processor_seconds": statistics.median(each)}
 
 
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Return the medians of (estimated, measured) pairs, and of their ratios with the extremes."""
+    ratios = [ours / theirs for ours, theirs in pairs]
+    estimated, actual = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return {"estimated": estimated, "measured": actual, "ratio": statistics.median(ratios), "least": min(ratios),
+            "most": max(ratios)}  # fmt: skip
+
+
 def main() -> None:
     """Take turns, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,28 +112,25 @@ def main() -> None:
     given = parser.parse_args()
     lengths = given.prompt_tokens, given.decode_tokens
     options = BenchOptions(*lengths, repeats=given.repeats, threads=given.threads, context=sum(lengths))
-    estimates: dict[str, list[dict[str, float]]] = {}
-    measurements: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         artifacts = {f"{kind}, {size}": write_artifact(size, kind, work) for size in given.sizes for kind in KINDS}
+        found: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in artifacts}
         for number in range(given.rounds):
-            for name, row in look(artifacts, lengths, given.threads).items():
-                estimates.setdefault(name, []).append(row)
+            before = look(artifacts, lengths, given.threads)
             for name, folder in artifacts.items():
-                measurements.setdefault(name, []).append(measured(folder, options))
+                theirs = measured(folder, options)
+                after = look(artifacts, lengths, given.threads)
+                for key in (*COMPARED, "processor_seconds"):
+                    pair = (before[name][key] + after[name][key]) / 2, theirs[key]
+                    found[name].setdefault(key, []).append(pair)
+                before = after
             print(f"round {number + 1} of {given.rounds} done", file=sys.stderr, flush=True)
-    result = {}
-    for name in artifacts:
-        sides = {}
-        for key in (*COMPARED, "processor_seconds"):
-            ours, theirs = (
-                statistics.median(row[key] for row in rows) for rows in (estimates[name], measurements[name])
-            )
-            sides[key] = {"estimated": ours, "measured": theirs, "ratio": ours / theirs}
-        result[name] = sides
-        print(f"{name:12} " + "  ".join(f"{key} {side['ratio']:.2f}" for key, side in sides.items()))
+    result = {name: {key: summary(pairs) for key, pairs in rows.items()} for name, rows in found.items()}
+    for name, sides in result.items():
+        print(f"{name:12} " + "  ".join(f"{key} {side['ratio']:.2f} ({side['least']:.2f} to {side['most']:.2f})"
+                                        for key, side in sides.items()))  # fmt: skip
     print(json.dumps(result))
 
 

@@ -10,7 +10,9 @@ A profile is a YAML file (`profiles/*.yaml` here, or the user's own under `$XDG_
     compute_units   name -> effective_compute (what prefill reaches, not a data sheet's peak), bandwidth_share (what
                     decode reaches of the peak), overhead (per token, independent of the model's size),
                     sustained (rate after minutes of work / rate at the start) and, optional, decode_compute (what
-                    unpacking integers or palettes token by token reaches; a floor under decode on CPUs)
+                    unpacking integers or palettes token by token reaches; a floor under decode on CPUs),
+                    attention_compute (what attention to the cache reaches), layer_overhead (per token and layer),
+                    cache_bandwidth and cache (at what rate weights are read that such a cache holds)
     runtimes        name (`onnx`, `coreml`, `coreai`: an Artifact's format) -> compute unit, minimum_os, weight_formats:
                     a list, or OS version -> what that version adds, the first being minimum_os
 
@@ -27,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwindle.devices.quantity import Quantity, read_quantity
+from dwindle.devices.quantity import Dimension, Quantity, read_quantity
 from dwindle.errors import RecipeError, did_you_mean
 from dwindle.storage import write_text
 
@@ -58,6 +60,11 @@ WEIGHT_FORMATS = (
 )
 """How a layer's weights can be stored, as an artifact's `details.layers[name].format` and a profile name them."""
 
+_OPTIONAL: Mapping[str, Dimension] = {
+    "decode_compute": "compute", "attention_compute": "compute", "layer_overhead": "time",
+    "cache_bandwidth": "bandwidth", "cache": "memory",
+}  # fmt: skip
+"""What a compute unit may have, too, and its dimension."""
 _BUILT_IN = Path(__file__).parent / "profiles"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -86,6 +93,14 @@ class ComputeUnit:
     """Decode rate after minutes of work as a share of the first seconds' rate."""
     decode_compute: Quantity | None = None
     """FLOP/s that decode reaches with packed weights, where unpacking them may be slower than reading them."""
+    attention_compute: Quantity | None = None
+    """FLOP/s that decode reaches in attention, where computing it may be slower than reading the KV cache."""
+    layer_overhead: Quantity | None = None
+    """Seconds per token and decoder layer that depend on nothing else, on top of `overhead`."""
+    cache_bandwidth: Quantity | None = None
+    """Bytes per second of weights that the processor's cache holds from token to token."""
+    cache: Quantity | None = None
+    """Bytes up to which it holds them."""
 
 
 @dataclass(frozen=True)
@@ -263,19 +278,22 @@ def _memory(raw: Any, problems: list[str]) -> Memory | None:
 
 
 def _compute_unit(raw: Any, where: str, problems: list[str]) -> ComputeUnit | None:
-    keys = {"effective_compute": True, "bandwidth_share": True, "overhead": True, "sustained": True,
-            "decode_compute": False}  # fmt: skip
-    data = _section(raw, where, keys, problems)
+    needed = ("effective_compute", "bandwidth_share", "overhead", "sustained")
+    data = _section(raw, where, {**dict.fromkeys(needed, True), **dict.fromkeys(_OPTIONAL, False)}, problems)
     compute = read_quantity(data.get("effective_compute"), f"{where}.effective_compute", "compute", problems)
     share = read_quantity(data.get("bandwidth_share"), f"{where}.bandwidth_share", "share", problems)
     overhead = read_quantity(data.get("overhead"), f"{where}.overhead", "time", problems)
     sustained = read_quantity(data.get("sustained"), f"{where}.sustained", "share", problems)
-    unpacking = None
-    if "decode_compute" in data:
-        unpacking = read_quantity(data["decode_compute"], f"{where}.decode_compute", "compute", problems)
+    more = {
+        name: read_quantity(data[name], f"{where}.{name}", dimension, problems)
+        for name, dimension in _OPTIONAL.items()
+        if name in data
+    }
+    if ("cache" in more) != ("cache_bandwidth" in more):
+        problems.append(f"{where}: cache and cache_bandwidth say something together only; give both or neither")
     if not (compute and share and overhead and sustained):
         return None
-    return ComputeUnit(compute, share, overhead, sustained, unpacking)
+    return ComputeUnit(compute, share, overhead, sustained, **more)
 
 
 def _runtime(raw: Any, where: str, units: tuple[str, ...], problems: list[str]) -> Runtime | None:

@@ -2,22 +2,24 @@
 
 `estimate` goes from a model to its speed and memory. Whoever searches a model for a device needs the way back, and
 since the cost model is a sum of products and of maxima it has one: every budget is a few straight lines over the
-numbers of `Cost`, so the largest model along any axis is a division instead of a search. With r = share x bandwidth
-and u = decode compute / 2 (where the unit has one and the weights are packed), T the prompt's length:
+numbers of `Cost`, so the largest model along any axis is a division instead of a search. With r = share x bandwidth,
+u = decode compute / 2 (where the unit has one and the weights are packed), v = attention compute and o = the overhead
+of a layer (where it has them), T the prompt's length and A the attention width:
 
     seconds of a token   max(linear bytes / r, linear weights / u) + max(table bytes / r, table weights / u)
-                         + other bytes / r + KV bytes x cached tokens / r + overhead
-    tokens/s >= R        seconds of a token <= 1 / R                      four lines: either side of either maximum
-    first token <= t     2 N T + 2 T^2 A <= (t - overhead) x compute      and four lines without the cache
+                         + max(KV bytes / r, 4 A / v) x cached tokens + other bytes / r + layers x o + overhead
+    tokens/s >= R        seconds of a token <= 1 / R                      up to eight lines: the sides of the maxima
+    first token <= t     2 N T + 2 T^2 A <= (t - overheads) x compute     and four lines without the cache
     memory <= M          weights + copies x context x KV <= M - logits of the prompt - fixed cost, and without the
                          logits for the weights while loading
     load <= s            package / storage + weights while loading / r + widened bytes x 7 ns <= s - fixed cost
     package <= P         stored <= P
 
 Weights of a format that a runtime multiplies in several products (`PRODUCTS`) count as many times in u's lines. A
-graph is taken to keep one cache (the fused form). Weights are loaded bytes times the copies of their use; a model is
-either small enough for one file or keeps its weights apart (`Place.apart`), with other copies while it loads: a search
-asks for both. A test holds these lines to `estimate`, budget by budget.
+graph is taken to keep one KV cache (the fused form), and no processor's cache to hold the weights (where one does, the
+estimate is the faster). Weights are loaded bytes times the copies of their use; a model is either small enough for one
+file or keeps its weights apart (`Place.apart`), with other copies while it loads: a search asks for both. A test holds
+these lines to `estimate`, budget by budget.
 
 >>> from dwindle.devices.budgets import parse_budgets
 >>> from dwindle.devices.device_profile import load_profile
@@ -40,9 +42,9 @@ from dwindle.devices.cost_model import (
     METRIC_UNITS,
     PRODUCTS,
     WIDENING_SECONDS,
-    memory_cost,
 )
 from dwindle.devices.device_profile import FLOAT_FORMATS, ComputeUnit, DeviceProfile
+from dwindle.devices.memory_cost import memory_cost
 from dwindle.devices.workload import WeightUse
 from dwindle.errors import RecipeError
 
@@ -72,6 +74,8 @@ class Cost:
     kv: float = 0.0
     """Bytes the KV cache grows by with each token."""
     attention_width: float = 0.0
+    depth: float = 0.0
+    """Decoder layers."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Limit(Cost):
             + self.linear_bytes * cost.linear_bytes + self.linear_weights * cost.linear_weights
             + self.table_bytes * cost.table_bytes + self.table_weights * cost.table_weights
             + self.other_bytes * cost.other_bytes + self.other_weights * cost.other_weights
-            + self.kv * cost.kv + self.attention_width * cost.attention_width
+            + self.kv * cost.kv + self.attention_width * cost.attention_width + self.depth * cost.depth
         )  # fmt: skip
 
 
@@ -154,13 +158,12 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
     if name in ("tokens_per_second", "tokens_per_second_sustained"):
         of_burst = unit.sustained.at(end) if name.endswith("sustained") else 1.0
         cached = place.context if place.static_shapes else prompt
-        kv = cached / rate
-        yield from _reading(name, of_burst / limit - overhead, unit, rate, place, kv)
+        yield from _reading(name, of_burst / limit - overhead, unit, rate, place, cached)
     elif name == "time_to_first_token_seconds":
         each = 2 * prompt / unit.effective_compute.at(end)
         yield Limit(linear_weights=each, table_weights=each, other_weights=each, attention_width=each * prompt,
-                    metric=name, bound=limit - overhead)  # fmt: skip
-        yield from _reading(name, limit - overhead, unit, rate, place, 0.0)
+                    depth=_layer_overhead(unit, end), metric=name, bound=limit - overhead)  # fmt: skip
+        yield from _reading(name, limit - overhead, unit, rate, place, 0)
     elif name == "peak_memory_bytes":
         copies = cost.logit_copies[column] + place.products(place.table_format) - 1
         logits = 4 * prompt * place.vocabulary * copies
@@ -178,15 +181,24 @@ def _limits(profile: DeviceProfile, budget: Budget, place: Place) -> Iterator[Li
         yield Limit(stored=1, metric=name, bound=limit)
 
 
-def _reading(name: str, seconds: float, unit: ComputeUnit, rate: float, place: Place, kv: float) -> Iterator[Limit]:
-    """Yield a line for each side of the two maxima: the weights are read, or unpacked."""
+def _layer_overhead(unit: ComputeUnit, end: End) -> float:
+    return 0.0 if unit.layer_overhead is None else unit.layer_overhead.at("high" if end == "low" else "value")
+
+
+def _reading(name: str, seconds: float, unit: ComputeUnit, rate: float, place: Place, cached: int) -> Iterator[Limit]:
+    """Yield a line for each side of the maxima: weights read or unpacked, the KV cache read or attended to."""
     unpacks = place.packed and unit.decode_compute is not None
     each = 2 / unit.decode_compute.at(place.end) if unit.decode_compute is not None else 0.0
-    for linears, table in product((False, True) if unpacks else (False,), repeat=2):
+    attends = 4 * cached / unit.attention_compute.at(place.end) if unit.attention_compute is not None else 0.0
+    sides = (False, True)
+    for linears, table, attention in product(*(sides if both else sides[:1] for both in (unpacks, unpacks, attends))):
         yield Limit(
             linear_bytes=0.0 if linears else 1 / rate,
             linear_weights=each * place.products(place.linear_format) if linears else 0.0,
             table_bytes=0.0 if table else 1 / rate,
             table_weights=each * place.products(place.table_format) if table else 0.0,
-            other_bytes=1 / rate, kv=kv, metric=name, bound=seconds,
+            other_bytes=1 / rate,
+            kv=0.0 if attention else cached / rate,
+            attention_width=attends if attention else 0.0,
+            depth=_layer_overhead(unit, place.end), metric=name, bound=seconds,
         )  # fmt: skip

@@ -1,174 +1,195 @@
 """How fast this machine is at what a decoder does, through ONNX Runtime's own kernels. Torch-free.
 
-Four small graphs, made here, each run a few times (the median counts), on as many threads as asked for:
+A few small models, made here (`host_graphs.py`), on as many threads as asked for:
 
-    read      one row times a float32 matrix of 134 MB: bytes a second that decode reads of float weights
-    unpack    one row times twelve pairs of matrices as a model of width 1024 has them, 104 million 4-bit weights in
-              blocks of 32 (MatMulNBits, float32 activations): operations a second of decode with packed weights
-    prefill   256 rows times the first of such matrices: operations a second of a prompt
-    overhead  one row through twelve layers of the exporter's operators, of width 64, attention apart, and what
-              handing arrays to a session costs: seconds of a token that no weight explains
+    read       one row times float32 matrices, 8 to 134 MB of them: bytes a second that decode reads of float weights,
+               with weights that a cache holds and with such as it does not
+    unpack     one row times 104 million 4-bit weights in blocks of 32 (MatMulNBits, float32 and int8 activations):
+               operations a second of decode with packed weights
+    prefill    256 rows times the first pair of such matrices: operations a second of a prompt
+    a token    decoders of 2 and of 10 layers whose weights are too few to matter, run by `board_runner.OnnxDecoder` as
+               artifacts are, after 16 and after 272 tokens: with t(layers, tokens) = c + layers (d + tokens a) the
+               three times give what a token, a layer and a token in the cache cost
 
-`time.process_time` serves in place of the clock where one thread is asked for: on a machine that others use, a product
-of milliseconds fits between two interruptions and a token does not, but both take the same processor time.
+They take turns, in blocks of some 20 ms, and the median block counts: the speed of a machine that others use, too,
+drifts within seconds, and what was measured one after the other would not belong together. Between sessions of several
+threads there is a pause, in which the last one's threads stop spinning. `time.process_time` serves in place of the
+clock where one thread is asked for: a product fits between two interruptions and a token does not, but both take the
+same processor time.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-import struct
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-__all__ = ["HostKernels", "measure_kernels", "usual_seconds"]
+from dwindle.devices.host_graphs import HEAD, HEADS, narrow_decoder, pairs, product_chain
 
-_WIDTH, _FFN, _BLOCK = 1024, 2816, 32
-_READ_INPUTS, _READ_OUTPUTS = 4096, 8192
+__all__ = ["HostKernels", "Reading", "measure_kernels", "usual_seconds"]
+
+_WIDTH, _FFN, _PAIRS = 1024, 2816, 12
+_READ = ((512, 1408, 1), (512, 1408, 3), (1024, 2816, 2), (1024, 2816, 4))
+"""Width, FFN and number of pairs of what is read: 9, 26, 69 and 138 MB."""
 _PREFILL_ROWS = 256
-_LAYERS, _NARROW = 12, 64
-_REPEATS = 5
-_HANDING_OVER_SECONDS = 0.00025
-"""Of a token: arrays made, buffers bound, the largest logit found; measured on one core of a server, all in Python."""
+_SHALLOW, _DEEP = 2, 10
+_SHORT, _LONG = 16, 272
+_ROUNDS = 5
+_BLOCK_SECONDS = 0.02
+_PAUSE_SECONDS = 0.08
+"""Threads of ONNX Runtime spin for some 50 ms after a run."""
 _FLOAT32, _INT8 = 1, 4
 """MatMulNBits' accuracy_level of float32 and int8 activations."""
+_CACHES_HELP = 1.15
+"""By how much the smallest weights must be read faster than the largest for a cache to be spoken of."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How fast float weights are read that are so large in all."""
+
+    bytes: float
+    bytes_per_second: float
 
 
 @dataclass(frozen=True)
 class HostKernels:
     """Rates of this machine: bytes or operations a second, and seconds."""
 
-    read_bandwidth: float
+    reading: tuple[Reading, ...]
+    """From the smallest weights to the largest."""
     unpack_flops: float
     unpack_flops_int8: float
     """With activations rounded to int8."""
     prefill_flops: float
-    overhead_seconds: float
+    token_seconds: float
+    """What a token costs whatever the model."""
+    layer_seconds: float
+    """What a layer adds to that beside its weights and the tokens in the cache."""
+    attention_flops: float
+
+    @property
+    def read_bandwidth(self) -> float:
+        """Return bytes a second of weights that no cache holds."""
+        return self.reading[-1].bytes_per_second
+
+    def cached(self) -> tuple[float, tuple[float, float]] | None:
+        """Return bytes a second of weights that a cache holds, and between which sizes they stop to fit.
+
+        None where small weights are not read faster.
+
+        >>> found = (Reading(9e6, 20e9), Reading(26e6, 22e9), Reading(69e6, 18e9), Reading(138e6, 12e9))
+        >>> HostKernels(found, 1, 1, 1, 1, 1, 1).cached()
+        (20000000000.0, (69000000.0, 138000000.0))
+        """
+        slow = self.read_bandwidth
+        limit = math.sqrt(slow * max(row.bytes_per_second for row in self.reading))
+        fitting = [row for row in self.reading if row.bytes_per_second > limit]
+        if not fitting or limit**2 < _CACHES_HELP * slow**2:
+            return None
+        over = next(row.bytes for row in self.reading if row.bytes > fitting[-1].bytes)
+        return statistics.median(row.bytes_per_second for row in fitting), (fitting[-1].bytes, over)
 
 
-def usual_seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+def usual_seconds(work: Callable[[], Any]) -> float:
     """Return the median seconds of a few runs, after one that warms up."""
-    work()
-    found = []
-    for _ in range(_REPEATS):
-        start = clock()
+    return taking_turns({"": work}, time.perf_counter, block=0.0)[""]
+
+
+def taking_turns(
+    works: Mapping[str, Callable[[], Any]],
+    clock: Callable[[], float],
+    block: float = _BLOCK_SECONDS,
+    pause: float = 0.0,
+) -> dict[str, float]:
+    """Return the seconds of each: the median of rounds in which each works `block` seconds, after a warm-up."""
+    counts = {}
+    for name, work in works.items():
         work()
-        found.append(clock() - start)
-    return statistics.median(found)
+        start = time.perf_counter()
+        work()
+        counts[name] = max(1, round(block / max(time.perf_counter() - start, 1e-6)))
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(_ROUNDS):
+        for name, work in works.items():
+            time.sleep(pause)
+            work()
+            start = clock()
+            for _ in range(counts[name]):
+                work()
+            found[name].append((clock() - start) / counts[name])
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def measure_kernels(threads: int | None = None) -> HostKernels | None:
     """Return this machine's rates on so many threads (None: the runtime's choice); None without onnx or its runtime."""
     if find_spec("onnx") is None or find_spec("onnxruntime") is None:
         return None
-    clock = time.process_time if threads == 1 else time.perf_counter
-
-    def seconds(graph: bytes, rows: int, width: int, repeats: int = 1) -> float:
-        import numpy as np
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        session: Any = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        feed = {"x": np.full((1, rows, width), 0.5, np.float32)}
-        return usual_seconds(lambda: [session.run(None, feed) for _ in range(repeats)], clock) / repeats
-
-    pairs = 2 * _LAYERS * (_WIDTH * 2 * _FFN + _FFN * _WIDTH)
-    unpack = {level: pairs / seconds(_packed_graph(level, _LAYERS), 1, _WIDTH) for level in (_FLOAT32, _INT8)}
-    prompt = seconds(_packed_graph(_FLOAT32, 1), _PREFILL_ROWS, _WIDTH)
+    reads = {f"read {shape}": pairs(*shape) for shape in _READ}
+    works = {name: _product(product_chain(shapes), threads) for name, shapes in reads.items()}
+    packed, first = pairs(_WIDTH, _FFN, _PAIRS), pairs(_WIDTH, _FFN, 1)
+    works |= {
+        "unpack": _product(product_chain(packed, _FLOAT32), threads),
+        "unpack int8": _product(product_chain(packed, _INT8), threads),
+        "prefill": _product(product_chain(first, _FLOAT32), threads, _PREFILL_ROWS),
+        "shallow": _token(_SHALLOW, _SHORT, threads),
+        "deep": _token(_DEEP, _SHORT, threads),
+        "long": _token(_DEEP, _LONG, threads),
+    }
+    alone = threads == 1
+    took = taking_turns(works, time.process_time if alone else time.perf_counter, pause=0 if alone else _PAUSE_SECONDS)
+    each = max(1e-9, (took["long"] - took["deep"]) / (_DEEP * (_LONG - _SHORT)))
+    layer = max(0.0, (took["deep"] - took["shallow"]) / (_DEEP - _SHALLOW) - _SHORT * each)
+    token = max(0.0, took["shallow"] - _SHALLOW * (layer + _SHORT * each))
+    unpacked = 2 * _weights(packed)
     return HostKernels(
-        read_bandwidth=4 * _READ_INPUTS * _READ_OUTPUTS / seconds(_float_graph(), 1, _READ_INPUTS),
-        unpack_flops=unpack[_FLOAT32],
-        unpack_flops_int8=unpack[_INT8],
-        prefill_flops=pairs / _LAYERS * _PREFILL_ROWS / prompt,
-        overhead_seconds=seconds(_deep_graph(), 1, _NARROW, repeats=10) + _HANDING_OVER_SECONDS,
+        reading=tuple(Reading(4 * _weights(s), 4 * _weights(s) / took[name]) for name, s in reads.items()),
+        unpack_flops=unpacked / took["unpack"],
+        unpack_flops_int8=unpacked / took["unpack int8"],
+        prefill_flops=2 * _weights(first) * _PREFILL_ROWS / took["prefill"],
+        token_seconds=token,
+        layer_seconds=layer,
+        attention_flops=4 * HEADS * HEAD / each,
     )
 
 
-def _weights(name: str, inputs: int, outputs: int) -> list[Any]:
-    """Return codes and scales of 4-bit weights."""
-    from onnx import TensorProto, helper
-
-    blocks = inputs // _BLOCK
-    codes, scales = b"\x5a" * (outputs * blocks * _BLOCK // 2), struct.pack("<f", 1e-3) * (outputs * blocks)
-    return [
-        helper.make_tensor(f"{name}.codes", TensorProto.UINT8, [outputs, blocks, _BLOCK // 2], codes, raw=True),
-        helper.make_tensor(f"{name}.scales", TensorProto.FLOAT, [outputs * blocks], scales, raw=True),
-    ]
+def _weights(shapes: list[tuple[int, int]]) -> int:
+    return sum(inputs * outputs for inputs, outputs in shapes)
 
 
-def _product(name: str, ends: tuple[str, str], shape: tuple[int, int], level: int) -> Any:
-    from onnx import helper
+def _product(graph: bytes, threads: int | None, rows: int = 1) -> Callable[[], Any]:
+    """Return what runs a chain of products once."""
+    import numpy as np
+    import onnxruntime
 
-    return helper.make_node("MatMulNBits", [ends[0], f"{name}.codes", f"{name}.scales"], [ends[1]],
-                            domain="com.microsoft", K=shape[0], N=shape[1], bits=4, block_size=_BLOCK,
-                            accuracy_level=level)  # fmt: skip
-
-
-def _packed_graph(level: int, pairs: int) -> bytes:
-    """Return a graph of pairs of products with 4-bit weights, wide and back, one after the other."""
-    from onnx import helper
-
-    nodes, weights, x = [], [], "x"
-    for pair in range(pairs):
-        up, half, down = f"up{pair}", f"half{pair}", f"down{pair}"
-        weights += [*_weights(up, _WIDTH, 2 * _FFN), *_weights(down, _FFN, _WIDTH)]
-        nodes.append(_product(up, (x, up), (_WIDTH, 2 * _FFN), level))
-        nodes.append(helper.make_node("Split", [up], [half, f"{half}.rest"], axis=-1, num_outputs=2))
-        nodes.append(_product(down, (half, down), (_FFN, _WIDTH), level))
-        x = down
-    nodes.append(helper.make_node("Identity", [x], ["y"]))
-    return _serialized(nodes, (_WIDTH, _WIDTH), weights)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    with tempfile.TemporaryDirectory() as folder:  # from bytes, the session would keep them
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(graph)
+        session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {"x": np.full((1, rows, session.get_inputs()[0].shape[2]), 0.5, np.float32)}
+    return lambda: session.run(None, feed)
 
 
-def _float_graph() -> bytes:
-    """Return a graph of one product with float32 weights."""
-    from onnx import TensorProto, helper
+def _token(layers: int, length: int, threads: int | None) -> Callable[[], Any]:
+    """Return what makes one token of a narrow decoder after a text of so many."""
+    from dwindle.devices.board_runner import OnnxDecoder
 
-    raw = struct.pack("<f", 1e-3) * (_READ_INPUTS * _READ_OUTPUTS)
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [_READ_INPUTS, _READ_OUTPUTS], raw, raw=True)
-    return _serialized([helper.make_node("MatMul", ["x", "w"], ["y"])], (_READ_INPUTS, _READ_OUTPUTS), [weight])
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.onnx").write_bytes(narrow_decoder(layers))
+        decoder = OnnxDecoder(Path(folder), threads, length + 1)
+    decoder.step([1] * length)
 
+    def one() -> None:
+        decoder.length = length
+        decoder.step([1])
 
-def _deep_graph() -> bytes:
-    """Return layers of a decoder's small operators around products too small to matter."""
-    from onnx import TensorProto, helper
-
-    ones = struct.pack("<f", 1.0) * _NARROW
-    weights = [helper.make_tensor("gamma", TensorProto.FLOAT, [_NARROW], ones, raw=True)]
-    nodes, x, rest = [], "x", "x"
-    square, wide = (_NARROW, _NARROW), (_NARROW, 2 * _NARROW)
-    for layer in range(_LAYERS):
-        at = f"layer{layer}"
-        for name, shape in (("a", square), ("b", square), ("c", wide), ("d", square)):
-            weights += _weights(f"{at}.{name}", *shape)
-        for half, (first, second) in enumerate((("a", "b"), ("c", "d"))):
-            norm, left = f"{at}.norm{half}", f"{at}.rest{half}"
-            nodes.append(helper.make_node("SkipSimplifiedLayerNormalization", [x, rest, "gamma"],
-                                          [norm, "", "", left], domain="com.microsoft", epsilon=1e-6))  # fmt: skip
-            nodes.append(_product(f"{at}.{first}", (norm, f"{at}.{first}"), wide if half else square, _FLOAT32))
-            inner = f"{at}.{first}"
-            if half:
-                nodes += [
-                    helper.make_node("Split", [inner], [f"{at}.gate", f"{at}.up"], axis=-1, num_outputs=2),
-                    helper.make_node("QuickGelu", [f"{at}.gate"], [f"{at}.silu"], domain="com.microsoft", alpha=1.0),
-                    helper.make_node("Mul", [f"{at}.silu", f"{at}.up"], [f"{at}.mixed"]),
-                ]
-                inner = f"{at}.mixed"
-            nodes.append(_product(f"{at}.{second}", (inner, f"{at}.{second}"), square, _FLOAT32))
-            x, rest = f"{at}.{second}", left
-    nodes.append(helper.make_node("Add", [x, rest], ["y"]))
-    return _serialized(nodes, (_NARROW, _NARROW), weights)
-
-
-def _serialized(nodes: Sequence[Any], widths: tuple[int, int], weights: Sequence[Any]) -> bytes:
-    from onnx import TensorProto, helper
-
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "rows", width])
-            for name, width in zip(("x", "y"), widths, strict=True)]  # fmt: skip
-    graph = helper.make_graph(list(nodes), "probe", ends[:1], ends[1:], list(weights))
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    return one

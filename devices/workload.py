@@ -11,6 +11,7 @@ yet. The details an exporter writes (only `layers` is required; the other keys s
     vocabulary           length of a row of logits
     tied                 the embedding's bytes also serve as the head (default: no layer is called `lm_head`)
     attention_width      layers x heads x width of a head (default: read off the layers called q_proj)
+    depth                decoder layers (default: the different numbers in the names of `layers`)
     runtime              {"shapes": "static"}: every token reads the cache of the whole context; {"operators": "plain"}:
                          every token copies the cache; {"activations": "int8"}: products with int8 activations
 
@@ -90,6 +91,8 @@ class Workload:
     format: str | None = None
     attention_width: int = 0
     """Layers x heads x width of a head; 0 where nobody knows it: prefill then counts weights alone."""
+    depth: int = 0
+    """Decoder layers; 0 where nobody knows: a device's cost per layer then counts nothing."""
     static_shapes: bool = False
     """Whether every token reads the cache of the whole context."""
     copies_cache: bool = False
@@ -178,6 +181,7 @@ class Workload:
             artifact.bytes,
             artifact.format,
             int(details.get("attention_width") or _attention_width(layers, int(details.get("vocabulary", 0)))),
+            int(details.get("depth") or _depth(layers)),
             _says(details, "shapes", "static"),
             _says(details, "operators", "plain"),
             _says(details, "activations", "int8"),
@@ -221,6 +225,7 @@ class Workload:
             shape.vocabulary,
             sum(layer.bytes for layer in layers),
             attention_width=len(shape.ffn_widths) * shape.heads * shape.head_dim,
+            depth=len(shape.ffn_widths),
         )
 
 
@@ -237,6 +242,16 @@ def _says(details: Mapping[str, Any], key: str, value: str) -> bool:
     """Return whether an artifact's details say so of its runtime."""
     runtime = details.get("runtime")
     return isinstance(runtime, Mapping) and runtime.get(key) == value
+
+
+def _depth(layers: tuple[LayerLoad, ...]) -> int:
+    """Return the decoder layers, told apart by the first number in their weights' names.
+
+    >>> _depth(tuple(LayerLoad(f"model.layers.{i}.mlp.{n}_proj", 8, 8) for i in (0, 1) for n in ("up", "down")))
+    2
+    """
+    numbers = (next((part for part in layer.name.split(".") if part.isdigit()), None) for layer in layers)
+    return len({number for number in numbers if number is not None})
 
 
 def _attention_width(layers: tuple[LayerLoad, ...], vocabulary: int) -> int:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dwindle.devices.cost_model import READS_FLOAT32, Estimate, estimate
+from dwindle.devices.cost_model import Estimate, estimate
 from dwindle.devices.device_profile import HOST, DeviceProfile, load_profile
 from dwindle.devices.workload import Workload
 from dwindle.errors import DwindleError
@@ -58,7 +58,7 @@ def device_views(report: Report) -> DeviceViews:
             found = estimate(profile, workload)
             if found.runtime is None:
                 continue
-            splits.append(_split(f"{profile.title}, {label}", profile, workload, found))
+            splits.append(_split(f"{profile.title}, {label}", found))
             if artifact.path not in curves and workload.context_length:
                 curves[artifact.path] = Curve(label, tuple(_memory(profile, workload)))
     limits = tuple(Limit(profile.title, profile.memory.default.at()) for profile in profiles)
@@ -74,15 +74,11 @@ def _workloads(report: Report) -> Iterator[tuple[str, Artifact, Workload]]:
         yield artifact.format + (f" ({artifact.variant})" if artifact.variant else ""), artifact, workload
 
 
-def _split(label: str, profile: DeviceProfile, workload: Workload, found: Estimate) -> Split:
-    assert found.unit is not None
+def _split(label: str, found: Estimate) -> Split:
     assert found.cache is not None
     assert found.overhead is not None
-    unit = profile.compute_units[found.unit]
-    rate = unit.bandwidth_share.at() * profile.bandwidth.at()
-    loaded = workload.with_float32_weights() if found.runtime in READS_FLOAT32 else workload
     total = sum(layer.seconds for layer in found.layers)
-    reading = min(total, loaded.streamed_bytes / rate)
+    reading = min(total, found.reading_seconds)
     return Split(label, reading, total - reading, found.cache.seconds, found.overhead.seconds)
 
 

@@ -7,7 +7,7 @@ line uses, made into tables here:
     speed       `devices.estimate`'s seconds of each such layer on each device and runtime, with low and high
     KL          the plan's own costs per layer and width, and the curve that their sum follows (`BitPlan.expected_kl`)
     memory      the peak with no planned layer, in one file or with the weights apart, and the copies of a linear
-                (`cost_model.memory_cost`, as `resident_weight_bytes` counts them)
+                (`memory_cost.memory_cost`, as `resident_weight_bytes` counts them)
     legality    `quantize.formats`, and the formats that the device's profile lists
 
 Layers of one shape and group size share a table, so a page of 32 layers stays small. What cannot be known is null: the
@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dwindle.devices.cost_model import LayerTime, estimate, memory_cost
+from dwindle.devices.cost_model import LayerTime, estimate
 from dwindle.devices.device_profile import HOST, DeviceProfile, list_profiles
+from dwindle.devices.memory_cost import memory_cost
 from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES, LayerLoad, Workload
 from dwindle.errors import DwindleError
 from dwindle.pipeline.device_views import known_profile
@@ -224,8 +225,9 @@ def _frame(step: StepRecord, report: Report, runtime: str) -> Workload:
 
     tables = [row["shape"][0] for row in _recorded(step) if row["name"] not in _planned_names(step) and "shape" in row]
     context = int(any_artifact.details.get("context_length", 0)) if any_artifact else 0
+    depth = sum(row["name"].rpartition(".")[2] == "q_proj" for row in rows)
     return Workload((), _FP16_BYTES * outputs("k_proj", "v_proj"), context, max(tables, default=0), 0, runtime,
-                    outputs("q_proj"))  # fmt: skip
+                    outputs("q_proj"), depth)  # fmt: skip
 
 
 def _with_layers(frame: Workload, layers: Sequence[LayerLoad], apart: bool | None = None) -> Workload:

@@ -99,7 +99,7 @@ def _layer_cost(shape: Shape, pricing: Pricing) -> Cost:
     return Cost(
         stored=stored, linear_bytes=linear, linear_weights=weights,
         other_bytes=other, other_weights=others, kv=2 * shape.kv_heads * shape.head_dim * pricing.kv_number_bytes,
-        attention_width=shape.heads * shape.head_dim,
+        attention_width=shape.heads * shape.head_dim, depth=1,
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from dwindle.devices import estimate
 from dwindle.devices.budgets import Budget
-from dwindle.devices.cost_model import READS_FLOAT32
 from dwindle.devices.headroom import Limit, Place, headroom
+from dwindle.devices.memory_cost import READS_FLOAT32
 from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES
 from dwindle.errors import DoesNotFit, RecipeError, UnsupportedModel
 from dwindle.prune.capacity import DEPTH_COST, SQUARE_COSTS, bits_factor, effective_parameters

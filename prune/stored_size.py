@@ -151,5 +151,5 @@ def planned_workload(
         layers.append(LayerLoad("lm_head", table, table_bytes, format=of_table))
     kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * kv_number_bytes
     return Workload(tuple(layers), kv_bytes, context, shape.vocab, sum(layer.bytes for layer in layers),
-                    attention_width=shape.layers * shape.heads * shape.head_dim,
+                    attention_width=shape.layers * shape.heads * shape.head_dim, depth=shape.layers,
                     static_shapes=static_shapes)  # fmt: skip

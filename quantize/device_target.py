@@ -4,7 +4,7 @@
 
     weights x copies + KV cache of the context x copies + logits of the prompt x copies + fixed cost of the runtime
 
-where weights are held as often as their use has it (`devices.cost_model.resident_weight_bytes`). Embedding and
+where weights are held as often as their use has it (`devices.memory_cost.resident_weight_bytes`). Embedding and
 head have the size that the options give them; solved for the linears at the middle of every range, with the memory an
 app may use without asking (`memory.default` of the profile), that is the target. A device also decides the format: a
 plan may only use bits that its runtime executes there, which is the common part of what the runtime carries anywhere
@@ -19,7 +19,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, MEMORY_COSTS, PRODUCTS, memory_cost, resident_weight_bytes
+from dwindle.devices.cost_model import DEFAULT_PROMPT_TOKENS, PRODUCTS
+from dwindle.devices.memory_cost import MEMORY_COSTS, memory_cost, resident_weight_bytes
 from dwindle.devices.workload import LayerLoad, Workload
 from dwindle.errors import DoesNotFit, RecipeError
 from dwindle.quantize.formats import carried_bits
