@@ -40,10 +40,10 @@ _READ = ((512, 1408, 1), (512, 1408, 3), (1024, 2816, 2), (1024, 2816, 4))
 _PREFILL_ROWS = 256
 _SHALLOW, _DEEP = 2, 10
 _SHORT, _LONG = 16, 272
-_ROUNDS = 5
+_ROUNDS = 7
 _BLOCK_SECONDS = 0.02
-_PAUSE_SECONDS = 0.08
-"""Threads of ONNX Runtime spin for some 50 ms after a run."""
+_PAUSE_SECONDS = 0.05
+"""Threads of ONNX Runtime spin for some 20 ms after a run."""
 _FLOAT32, _INT8 = 1, 4
 """MatMulNBits' accuracy_level of float32 and int8 activations."""
 _CACHES_HELP = 1.15

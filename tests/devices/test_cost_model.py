@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dwindle.devices.cost_model import MEMORY_COSTS, METRIC_UNITS, estimate, resident_weight_bytes
+from dwindle.devices.cost_model import METRIC_UNITS, estimate
 from dwindle.devices.device_profile import load_profile
-from dwindle.devices.workload import WEIGHTS_APART_ABOVE_BYTES, LayerLoad, Workload
+from dwindle.devices.memory_cost import MEMORY_COSTS, resident_weight_bytes
+from dwindle.devices.workload import LayerLoad, Workload
 from dwindle.errors import RecipeError, UnsupportedModel
 from dwindle.report import Artifact
 
@@ -268,47 +269,59 @@ def test_static_shapes_read_the_whole_cache(artifact: Artifact) -> None:
     assert (free.bytes, static.bytes) == (8_000, 512_000)
 
 
-def _weights(tied: bool, form: str, apart: bool | None = None) -> Workload:
-    """A million weights in linears, half as many in an embedding and, where it is not tied, in a head."""
-    each = {"int4": 0.5, "float16": 2, "float32": 4}[form]
-    table = LayerLoad("model.embed_tokens", 500_000, int(500_000 * each), tied, form)
-    ends = (table,) if tied else (table, replace(table, name="lm_head", streamed=True))
-    linears = LayerLoad("model.layers.0.mlp.up_proj", 10**6, int(10**6 * each), format=form)
-    return Workload((linears, *ends), 0, 64, 10, 1, "onnx", apart=apart)
+def _with(toaster: Path, lines: str) -> Path:
+    """The toaster, of whose processor more is known."""
+    toaster.write_text(toaster.read_text().replace("    overhead:", f"{lines}    overhead:"))
+    return toaster
 
 
-def test_weights_are_held_as_often_as_their_use_has_it() -> None:
-    cost = MEMORY_COSTS["onnx"]
-    for form, wide, running, loading in (("int4", 0.5, cost.packed, cost.packed),
-                                         ("float16", 4, cost.floats, cost.floats_loading)):  # fmt: skip
-        for tied, ends in ((True, ("shared",)), (False, ("embedding", "head"))):
-            held = resident_weight_bytes(_weights(tied, form), "onnx")
-            for found, copies in ((held.running, running), (held.loading, loading)):
-                tables = [sum(copies[use][end] for use in ends) for end in range(3)]
-                wanted = [wide * (10**6 * copies["linear"][end] + 500_000 * tables[end]) for end in range(3)]
-                assert found == pytest.approx(wanted), (form, tied)
-    mapped = resident_weight_bytes(_weights(True, "float16", apart=True), "onnx")
-    assert mapped.loading == mapped.running
-    assert resident_weight_bytes(_weights(False, "float16"), "coreml").running[1] == pytest.approx(1.25 * 4e6)
+def _known(name: str, value: float, unit: str, more: str = "") -> str:
+    return f"    {name}: {{value: {value}, unit: {unit}, source: a test, date: 2026-11, trust: measured{more}}}\n"
 
 
-def test_logits_find_their_place_in_what_loading_frees() -> None:
-    """Floats of the graph's file peak while they are loaded; logits count only once they are more than is freed."""
-    workload = replace(_weights(True, "float16"), vocabulary=1000, context_length=4096)
-    peaks = [
-        estimate(load_profile("laptop-ddr5"), workload, tokens).metrics["peak_memory_bytes"].value or 0
-        for tokens in (1, 100, 1000)
-    ]
-    held = resident_weight_bytes(workload, "onnx")
-    assert peaks[0] == peaks[1] == pytest.approx(held.loading[1] + 14e6)
-    assert peaks[2] == pytest.approx(held.running[1] + 2 * 4 * 1000 * 1000 + 14e6)
+def test_attention_is_a_floor_under_the_cache(toaster: Path, artifact: Artifact) -> None:
+    """100 tokens x 4 x 3,000 operations at 0.6 GFLOP/s take 2 ms, their 100 kB at 5 GB/s only 20 us."""
+    workload = replace(Workload.from_artifact(artifact), attention_width=3000)
+    profile = load_profile(_with(toaster, _known("attention_compute", 0.6, "GFLOP/s")))
+    slow = estimate(profile, workload, prompt_tokens=100)
+    assert slow.cache is not None
+    assert slow.cache.seconds == pytest.approx(2e-3)
+    assert slow.metrics["tokens_per_second"].value == pytest.approx(1 / (10e6 / 5e9 + 2e-3 + 1e-3))
+    unknown = estimate(profile, replace(workload, attention_width=0), prompt_tokens=100)
+    assert unknown.cache is not None
+    assert unknown.cache.seconds == pytest.approx(0.1e6 / 5e9)
 
 
-def test_weights_lie_apart_from_the_size_on_that_the_exporter_has() -> None:
-    from dwindle.export import ExportOptions
+def test_each_layer_adds_its_overhead(toaster: Path) -> None:
+    """22 layers of 0.1 ms on top of 1 ms: on every token, the first one, too."""
+    profile = load_profile(_with(toaster, _known("layer_overhead", 0.1, "ms")))
+    workload = replace(Workload.from_config(LLAMA), depth=0)
+    assert Workload.from_config(LLAMA).depth == 22
+    found, flat = (estimate(profile, w, prompt_tokens=100) for w in (replace(workload, depth=22), workload))
+    assert found.overhead is not None
+    assert (found.overhead.seconds, found.overhead.high) == pytest.approx((3.2e-3, 3.2e-3 * 1.1))
+    for name in ("tokens_per_second", "time_to_first_token_seconds"):
+        ours, theirs = (e.metrics[name].value or 0 for e in (found, flat))
+        spent = 1 / ours - 1 / theirs if name == "tokens_per_second" else ours - theirs
+        assert spent == pytest.approx(2.2e-3), name
 
-    assert ExportOptions().external_data_above_bytes == WEIGHTS_APART_ABOVE_BYTES
-    large = LayerLoad("a", 10**9, WEIGHTS_APART_ABOVE_BYTES + 1)
-    assert Workload((large,), 0, 64, 10, 1).weights_apart
-    assert not Workload((replace(large, bytes=WEIGHTS_APART_ABOVE_BYTES),), 0, 64, 10, 1).weights_apart
-    assert not Workload((large,), 0, 64, 10, 1, apart=False).weights_apart
+
+def test_weights_that_a_cache_holds_are_read_at_its_rate(toaster: Path) -> None:
+    """Ten million float32 weights fit into 50 MB and are read at 20 GB/s; twenty million are read at half of 10."""
+    cache = _known("cache", 50, "MB", ", low: 30, high: 100") + _known("cache_bandwidth", 20, "GB/s")
+    profile = load_profile(_with(toaster, cache))
+
+    def read(weights: int) -> tuple[float, float, float, float]:
+        layer = LayerLoad("a", weights, 4 * weights, format="float32")
+        found = estimate(profile, Workload((layer,), 0, 64, 10, 1, "onnx"), prompt_tokens=1)
+        (time,) = found.layers
+        return time.seconds, time.low, time.high, found.reading_seconds
+
+    assert read(10**7) == pytest.approx((40e6 / 20e9, 40e6 / 22e9, 40e6 / (5e9 * 0.81), 40e6 / 20e9))
+    assert read(2 * 10**7) == pytest.approx((80e6 / 5e9, 80e6 / 22e9, 80e6 / (5e9 * 0.81), 80e6 / 5e9))
+
+
+def test_depth_is_read_off_the_names(artifact: Artifact) -> None:
+    assert Workload.from_artifact(artifact).depth == 1
+    told = replace(artifact, details={**artifact.details, "depth": 7})
+    assert Workload.from_artifact(told).depth == 7

@@ -119,6 +119,10 @@ def test_host_is_measured() -> None:
     assert host.storage is not None
     unit = host.compute_units["cpu"]
     assert unit.bandwidth_share.trust == "measured"
+    measured = (unit.decode_compute, unit.attention_compute, unit.layer_overhead)
+    assert all(q is not None and q.trust == "measured" and q.at("low") < q.at() < q.at("high") for q in measured)
+    assert 0 < unit.overhead.at() < 0.1
+    assert (unit.cache is None) == (unit.cache_bandwidth is None)
     assert 0 < unit.bandwidth_share.at("low") <= unit.bandwidth_share.at() <= unit.bandwidth_share.at("high") <= 1
 
 
@@ -158,6 +162,11 @@ def test_faulty_formats_per_version(toaster: Path, formats: str, said: str) -> N
     [
         ("compute_units:", "storage: 3\ncompute_units:", "storage: found 3"),
         ("    overhead:", "    decode_compute: {value: 3}\n    overhead:", "cpu.decode_compute.unit: missing"),
+        (
+            "    overhead:",
+            "    cache: {value: 3}\n    overhead:",
+            "cpu: cache and cache_bandwidth say something together",
+        ),
     ],
 )
 def test_faulty_optional_numbers(toaster: Path, old: str, new: str, said: str) -> None:
