@@ -2,7 +2,7 @@
 
 A few small models, made here (`host_graphs.py`), on as many threads as asked for:
 
-    read       one row times float32 matrices, 8 to 134 MB of them: bytes a second that decode reads of float weights,
+    read       one row times float32 matrices, 9 to 138 MB of them: bytes a second that decode reads of float weights,
                with weights that a cache holds and with such as it does not
     unpack     one row times 104 million 4-bit weights in blocks of 32 (MatMulNBits, float32 and int8 activations):
                operations a second of decode with packed weights
@@ -105,11 +105,11 @@ def usual_seconds(work: Callable[[], Any]) -> float:
 def taking_turns(
     works: Mapping[str, Callable[[], Any]],
     clock: Callable[[], float],
-    block: float = _BLOCK_SECONDS,
+    block: float | None = None,
     pause: float = 0.0,
 ) -> dict[str, float]:
     """Return the seconds of each: the median of rounds in which each works `block` seconds, after a warm-up."""
-    counts = {}
+    counts, block = {}, _BLOCK_SECONDS if block is None else block
     for name, work in works.items():
         work()
         start = time.perf_counter()

@@ -110,8 +110,16 @@ def test_a_good_file_has_no_problems(toaster: Path) -> None:
     assert check_profile(toaster) == []
 
 
-def test_host_is_measured() -> None:
+def test_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With smaller matrices than usual and in shorter turns, to be quick on a machine that is busy."""
+    monkeypatch.setattr(host_kernels, "_READ", ((64, 96, 1), (64, 96, 3), (256, 512, 4)))
+    monkeypatch.setattr(host_kernels, "_WIDTH", 256)
+    monkeypatch.setattr(host_kernels, "_FFN", 512)
+    monkeypatch.setattr(host_kernels, "_BLOCK_SECONDS", 0.002)
+    monkeypatch.setattr(host_profile, "_COPY_BYTES", 2**22)
+    host_profile.measure_profile.cache_clear()
     host = load_profile("host")
+    host_profile.measure_profile.cache_clear()
     assert host.bandwidth.trust == "measured"
     assert 0.2e9 < host.bandwidth.at() < 5e12
     assert host.memory.physical.at() >= host.memory.default.at() > 0
@@ -120,7 +128,7 @@ def test_host_is_measured() -> None:
     unit = host.compute_units["cpu"]
     assert unit.bandwidth_share.trust == "measured"
     measured = (unit.decode_compute, unit.attention_compute, unit.layer_overhead)
-    assert all(q is not None and q.trust == "measured" and q.at("low") < q.at() < q.at("high") for q in measured)
+    assert all(q is not None and q.trust == "measured" and q.at("low") <= q.at() <= q.at("high") for q in measured)
     assert 0 < unit.overhead.at() < 0.1
     assert (unit.cache is None) == (unit.cache_bandwidth is None)
     assert 0 < unit.bandwidth_share.at("low") <= unit.bandwidth_share.at() <= unit.bandwidth_share.at("high") <= 1
