@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -131,35 +132,42 @@ def _arithmetic_verdict(prompt: str, answer: str, record: Mapping[str, Any]) -> 
     if wanted is not None:
         if given is None:
             try:
-                given = str(_decimal(number(answer)))
+                number(answer)
+                given = answer.strip().rstrip(".")
             except ValueError:
                 given = steps[-1][1] if steps else None
         if given is None:
             return Verdict(False, "no final number (#### 42)")
-        if not agrees(value(wanted), given):
-            return Verdict(False, f"the result is {given}, not {wanted}")
+        if not agrees(wanted, given):
+            return Verdict(False, f"the result is {_short(given)}, not {_decimal(wanted)}")
     if not steps and wanted is None:
         return Verdict(False, "nothing to compute")
     return Verdict(True, f"{len(steps)} step(s) right" + (f", result {given}" if wanted is not None else ""))
 
 
-def _wanted_number(prompt: str, record: Mapping[str, Any]) -> str | None:
+def _wanted_number(prompt: str, record: Mapping[str, Any]) -> Fraction | None:
     """Return the number the answer must come to: the reference's, else that of the one sum in the prompt."""
     reference = _reference(record, "")
     if reference is not None:
         try:
-            return str(number(final_number(reference) or reference))
+            return number(final_number(reference) or reference)
         except ValueError:
             return None
     sums = [found for found in _EXPRESSION.findall(prompt) if re.search(r"[\d)]\s*[-+*/×÷x]\s*[\d(]", found)]
     try:
-        return str(value(sums[0])) if len(sums) == 1 else None
+        return value(sums[0]) if len(sums) == 1 else None
     except ValueError:
         return None
 
 
-def _decimal(found: Any) -> int | float:
-    return int(found) if found.denominator == 1 else float(found)
+def _decimal(found: Fraction) -> str:
+    """Return a number to be read: whole, as a decimal, or as a fraction where it is too large for one."""
+    if found.denominator == 1:
+        return _short(str(found.numerator))
+    try:
+        return str(float(found))
+    except OverflowError:
+        return _short(str(found))
 
 
 def _fenced(answer: str, *languages: str) -> str:

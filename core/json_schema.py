@@ -12,7 +12,9 @@ to be installed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import regex
@@ -49,10 +51,36 @@ _SIZES: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
     "maximum": ("number", lambda v, n: v <= n, "above {}"),
     "exclusiveMinimum": ("number", lambda v, n: v > n, "not above {}"),
     "exclusiveMaximum": ("number", lambda v, n: v < n, "not below {}"),
-    "multipleOf": ("number", lambda v, n: (v / n).is_integer(), "no multiple of {}"),
+    "multipleOf": (
+        "number",
+        lambda v, n: math.isfinite(v) and Fraction(str(v)) % Fraction(str(n)) == 0,
+        "no multiple of {}",
+    ),
 }
 """Keyword -> (type it speaks of, test, what is wrong)."""
 _KNOWN = {"type", "enum", "const", "properties", "required", "additionalProperties", *_INSIDE, *_LISTS, *_SIZES}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"),
+                    (_is_size, "a whole number from 0 on")),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), (_is_number, "a number")),
+    "multipleOf": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "properties": (lambda v: isinstance(v, Mapping), "an object"),
+    **dict.fromkeys(("enum", "anyOf", "allOf", "oneOf"), (lambda v: isinstance(v, list), "a list")),
+    "required": (lambda v: isinstance(v, list) and all(isinstance(key, str) for key in v), "a list of keys"),
+    "type": (lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(one, str) for one in v)),
+             "a type, or a list of them"),
+}  # fmt: skip
+"""Keyword -> (test of what stands behind it, what is needed)."""
 
 
 def _exact(value: Any) -> str:
@@ -68,6 +96,10 @@ def check_schema(schema: Any, where: str = "schema") -> None:
     unknown = [key for key in schema if key not in _KNOWN | _PASSED_OVER]
     if unknown:
         raise RecipeError(f"{where}: {unknown[0]!r} is not supported{did_you_mean(str(unknown[0]), sorted(_KNOWN))}.")
+    wrong = [f"{key}: {schema[key]!r:.60} (needed: {told})" for key, (fits, told) in _VALUES.items()
+             if key in schema and not fits(schema[key])]  # fmt: skip
+    if wrong:
+        raise RecipeError(f"{where}: {'; '.join(wrong)}.")
     for kind in _kinds(schema):
         if kind not in _TYPES:
             raise RecipeError(f"{where}: type {kind!r} is unknown{did_you_mean(str(kind), _TYPES)}.")

@@ -59,6 +59,7 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             alpha = value
+            break  # as in PEFT, the first that fits
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

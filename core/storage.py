@@ -126,7 +126,9 @@ def _explained(place: Path) -> Iterator[None]:
             errno.EPERM,
             errno.EROFS,
             errno.ENOTDIR,
+            errno.EISDIR,
             errno.EEXIST,
+            errno.ENAMETOOLONG,
         ):
             raise OutputError(f"{place}: cannot be written ({error.strerror}). Choose another output.") from error
         raise

@@ -151,10 +151,10 @@ def _parse(line: str, problems: list[str]) -> Budget | None:
         known = [*METRIC_UNITS, *QUALITY_UNITS, *_SHORT_NAMES]
         problems.append(f"{line!r}: {name} is no metric{did_you_mean(name, known)}")
         return None
-    if metric.startswith(TASK) and written is None:
+    if metric.startswith(TASK) and written not in _COMPARISONS:
         problems.append(f"{line!r}: write >= or <=, as only you know which way {name} is good")
         return None
-    good = written[0] + "=" if metric.startswith(TASK) else ">=" if metric in _RATES else "<="
+    good = f"{written[0]}=" if written and metric.startswith(TASK) else ">=" if metric in _RATES else "<="
     comparison = written or good
     quality = metric.startswith(TASK) or metric in QUALITY_UNITS
     unit = match[4] or (unit_of(metric) if quality else _unit_in(name))
@@ -182,11 +182,11 @@ def _parse(line: str, problems: list[str]) -> Budget | None:
 
 def read_budgets(path: Path | str) -> list[str] | dict[str, Any]:
     """Return what a YAML file of budgets holds, for `parse_budgets`. Raises RecipeError if it is no such file."""
-    import yaml
+    from dwindle.strict_yaml import read_yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RecipeError(f"budgets {path}: cannot be read ({error}).") from error
     if isinstance(found, Mapping) and set(found) == {"budgets"}:
         found = found["budgets"]

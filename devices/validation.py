@@ -31,6 +31,8 @@ from dwindle.report import Artifact, Metric, Report, Skipped, StepRecord, Target
 __all__ = ["ValidateOptions", "junit", "rejudge", "run", "validate"]
 
 _NAME_OF_HOST = "host"
+_ON_CODES = ("quantize", "recover", "adapt")
+"""Steps whose model an artifact of the float model (variant `float`) is not."""
 _ON_HOST = ("onnx",)
 """Formats whose runtime is meant for a machine like this; Core AI's is an interpreter here."""
 
@@ -226,7 +228,7 @@ def _quality(artifact: Artifact, steps: Sequence[StepRecord]) -> dict[str, Metri
     """Return what the steps of an artifact's variant measured last: of the model, and of its adapters' tasks."""
     found: dict[str, Metric] = {}
     for step in steps:
-        if step.variant not in (None, artifact.variant):
+        if step.variant not in (None, artifact.variant) or (artifact.variant == "float" and step.name in _ON_CODES):
             continue
         of_a_task = step.name == "adapt"  # its `after` is the base with a task's adapter: no quality of the model's
         values = {} if of_a_task else {name: getattr(step.after, name) for name in QUALITY_UNITS}

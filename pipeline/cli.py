@@ -9,6 +9,7 @@ memory; 130 interrupted (Ctrl-C or SIGTERM, which a cluster sends before it take
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -36,7 +37,7 @@ COMMANDS = {
     "quantize": ("quantize:quantize", "Turn weights into palettes or integers, to a size, packed."),
     "recover": ("adapters:recover", "Train an adapter that gives a quantized model back what it lost."),
     "adapt": ("adapt:adapt", "Train an adapter that teaches a model one task."),
-    "adapters": ("adapters:adapters", "List and show adapter folders."),
+    "adapters": ("adapters:adapters", "List, show, compare, merge and package adapters; let a teacher write traces."),
     "export": ("export:export", "Write ONNX, Core ML and Core AI, execute them, prove them equal to the model."),
     "evaluate": ("models:evaluate", "Measure a model or an exported artifact on a text."),
     "generate": ("generate:generate", "Ask a model or an exported artifact, with an adapter; keep the best of N."),
@@ -137,6 +138,19 @@ def _room_is_gone(error: Exception) -> str | None:
     return None
 
 
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+             errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+
+
+def _refused(error: Exception) -> str | None:
+    """Return what to say if the system refuses a file or folder by name, else None."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSALS:
+        return None
+    return (
+        f"{os.fsdecode(error.filename)}: {error.strerror}. Correct the path or its permissions (--debug tells where)."
+    )
+
+
 def _broken_package(error: Exception) -> str | None:
     """Return what to say if the import of an installed package failed, else None."""
     from dwindle.pipeline.imports import package_at_fault
@@ -175,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        told = _room_is_gone(error) or _broken_package(error)
+        told = _room_is_gone(error) or _broken_package(error) or _refused(error)
         if debug or told is None:
             raise
         click.echo(f"Error: {_printable(told)}", err=True)

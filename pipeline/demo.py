@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dwindle.pipeline.recipe import Recipe
+from dwindle.pipeline.run_folder import RunFolder
 from dwindle.report import Report
 from dwindle.starter import TEACHER, corpus
 from dwindle.starter.skills import skill_tasks
@@ -39,10 +40,10 @@ def demo_recipe(folder: Path) -> Recipe:
     recipe: dict[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
     for task in next(step["adapt"] for step in recipe["steps"] if "adapt" in step)["tasks"]:
         task["data"] = [str(_task_records(folder / "data", task["name"]))]
-    return Recipe.parse(recipe, [
-        f"teacher.model={TEACHER}", f"data.train=[{folder / 'data' / 'train.txt'}]",
-        f"data.evaluation={folder / 'data' / 'validation.txt'}",
-    ])  # fmt: skip
+    recipe["teacher"] = {**(recipe.get("teacher") or {}), "model": str(TEACHER)}
+    recipe["data"] = {**(recipe.get("data") or {}), "train": [str(folder / "data" / "train.txt")],
+                      "evaluation": str(folder / "data" / "validation.txt")}  # fmt: skip
+    return Recipe.parse(recipe)
 
 
 def _task_records(folder: Path, skill: str) -> Path:
@@ -56,7 +57,8 @@ def _task_records(folder: Path, skill: str) -> Path:
 
 
 def run_demo(folder: Path, *, notify: Callable[[str], None] | None = None) -> Report:
-    """Run the demo into `folder` and return its report."""
+    """Run the demo into `folder` and return its report. Raises OutputError for a folder with other files."""
     from dwindle.pipeline.runner import run
 
+    RunFolder(folder).require_own({"teacher": str(TEACHER)})
     return run(demo_recipe(folder.absolute()), folder, notify=notify)

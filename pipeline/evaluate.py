@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dwindle.bundle import ModelBundle
 from dwindle.data import evaluation_set
-from dwindle.errors import DataError
+from dwindle.errors import DataError, RecipeError
 from dwindle.measure import LogitSlices, Meter, logit_slices
 from dwindle.report import Measurement
 from dwindle.storage import folder_bytes
@@ -36,8 +36,11 @@ def evaluate(
     `reference` is the teacher for KL and agreement; `max_tokens` cuts the text as a recipe's `evaluation_tokens`
     does (where the vocabulary was cut, in tokens of a full reference); `context` is the window length T (the model's
     context if None). A bare `.mlpackage` is computed by the evaluator (by Core ML on a Mac); its tokenizer lies beside
-    it, or is the reference's.
+    it, or is the reference's. Raises RecipeError for fewer than 2 tokens or a window of none.
     """
+    for name, given, least in (("tokens", max_tokens, 2), ("context", context, 1)):
+        if given is not None and given < least:
+            raise RecipeError(f"evaluate: {name}={given} (needed: at least {least}).")
     teacher = None if reference is None else ModelBundle.load(reference, torch_device=torch_device)
     folder = Path(model)
     if (folder / "manifest.json").exists():

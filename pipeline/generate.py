@@ -25,12 +25,13 @@ from dwindle.checkers import Checker
 from dwindle.errors import DataError, RecipeError, UnsupportedModel, did_you_mean, offenders
 from dwindle.export import open_artifact, package_adapter
 from dwindle.export.adapter_package import ADAPTERS
-from dwindle.export.artefact import MANIFEST_FILE
+from dwindle.export.artefact import MANIFEST_FILE, read_manifest
 from dwindle.export.backends import ExecutedRunner
 from dwindle.export.best_of import Candidate, Curve, best, curve, reward_scores
 from dwindle.export.generation import sampled_answers
 from dwindle.export.torch_runner import TorchRunner
 from dwindle.sampling import SamplingOptions
+from dwindle.tokenizer_files import load_tokenizer
 
 __all__ = [
     "VERIFIERS",
@@ -126,9 +127,11 @@ def opened(model: str, torch_device: str = "cpu") -> Opened:
     """Return a model folder, a Hugging Face id or an exported artifact, ready to be asked."""
     folder = Path(model)
     if (folder / MANIFEST_FILE).is_file():
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
 
-        runner, tokenizer = open_artifact(folder), AutoTokenizer.from_pretrained(folder)
+        runner, vocabulary = open_artifact(folder), read_manifest(folder).get("vocabulary")
+        tokenizer = load_tokenizer(folder, trust_remote_code=False,
+                                   vocab=vocabulary if isinstance(vocabulary, int) else 1 << 24)  # fmt: skip
         has_config = (folder / "generation_config.json").is_file()
         config = GenerationConfig.from_pretrained(folder) if has_config else None
         return Opened(runner, tokenizer, _ends(tokenizer, config), folder)

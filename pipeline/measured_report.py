@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.report import Report
+from dwindle.strict_yaml import read_yaml
 
 __all__ = ["measured_report", "recipe_values"]
 
@@ -34,11 +35,9 @@ def measured_report(report: Report, folder: Path) -> Report:
 
 def recipe_values(folder: Path) -> dict[str, Any]:
     """Return what the run's recipe gives to its validate step; nothing where there is no recipe or no such step."""
-    import yaml
-
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
         steps = [step["validate"] for step in recipe["steps"] if isinstance(step, dict) and "validate" in step]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
     return dict(steps[-1]) if steps and isinstance(steps[-1], dict) else {}

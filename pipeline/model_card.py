@@ -21,6 +21,7 @@ from dwindle.report import Metric, Report
 __all__ = ["render_model_card"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ADAPTERS = ("recover", "adapt")
 _RELATION = {"quantize": "quantized"}
 _TAGS = {"prune": "pruned", "distill": "distillation", "quantize": "quantized", "recover": "lora", "adapt": "lora"}
 
@@ -222,13 +223,14 @@ def _checkpoint(report: Report) -> str | None:
     position = 0
     name: str | None = None
     seen: set[str | None] = set()
-    for step in report.steps:
+    models = [step for step in report.steps if step.name not in _ADAPTERS]  # those leave the model as it is
+    for step in models:
         if step.name != name or step.variant in seen:
             position, seen, name = position + 1, set(), step.name
         seen.add(step.variant)
     if name is None:
         return None
-    variant = report.steps[-1].variant
+    variant = models[-1].variant
     return f"steps/{position:02d}-{name}" + (f"-{variant}" if variant else "") + "/model"
 
 

@@ -71,7 +71,7 @@ def reproduce(run: Path, again: Path, *, notify: Callable[[str], None] | None = 
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise DataError(f"{run} holds no recipe.yaml: it is no run folder.")
-    if again.exists() and any(again.iterdir()):
+    if again.exists() and (not again.is_dir() or any(again.iterdir())):
         raise OutputError(
             f"{again} is not empty. Name a fresh folder: what is there would be taken over, not made again."
         )

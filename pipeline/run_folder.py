@@ -49,7 +49,7 @@ class RunFolder:
 
         `identity` is what makes two runs the same run (teacher); other options may change between runs.
         """
-        self._check(identity)
+        self.require_own(identity)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -57,13 +57,14 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Choose another output.") from error
         try:
             _lock(handle, self.path)
-            self._check(identity)  # again: another run may have come and gone since
+            self.require_own(identity)  # again: another run may have come and gone since
             write_json(self.path / _IDENTITY, dict(identity))
             yield self
         finally:
             os.close(handle)
 
-    def _check(self, identity: Mapping[str, Any]) -> None:
+    def require_own(self, identity: Mapping[str, Any]) -> None:
+        """Raise OutputError unless the folder is absent, empty, or holds this very run."""
         if self.path.is_file():
             raise OutputError(f"{self.path} is a file; an output folder is needed.")
         if not self.path.exists() or not any(self.path.iterdir()):

@@ -314,13 +314,14 @@ class _Line:
     def _forget_stale_steps(self, ends: list[Stage]) -> None:
         """Remove step folders of an earlier recipe that this run did not use: the folder tells one story."""
         steps = self.folder.path / "steps"
-        names = {(f"{i + 1:02d}", s.name) for i, s in enumerate(self.recipe.steps)}
-        names |= {("00", "teacher"), ("00", "samples")}
-        trained = {adapter.path.parent.name for end in ends for adapter in end.adapters.values()}
+        used = {self.folder.step_folder(0, name, None).name for name in ("teacher", "samples")}
+        used |= {adapter.path.parent.name for end in ends for adapter in end.adapters.values()}
+        for index, step in enumerate(self.recipe.steps, 1):
+            exported = [plan.folder.replace("/", "-") for plan in self.exports] if step.name == "export" else []
+            of_step = () if step.name in ADAPTER_STEPS else exported or step.variants
+            used |= {self.folder.step_folder(index, step.name, part).name for part in of_step}
         for child in steps.iterdir() if steps.exists() else ():
-            number, _, rest = child.name.partition("-")
-            known = any(number == n and (rest == name or rest.startswith(name + "-")) for n, name in names)
-            if not known or (rest.partition("-")[0] in ADAPTER_STEPS and child.name not in trained):
+            if child.is_dir() and child.name not in used:
                 shutil.rmtree(child)
 
 

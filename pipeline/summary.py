@@ -67,7 +67,7 @@ def summary(report: Report, width: int = 118) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     models = Table(title="Model", title_justify="left")
     for name in ("step", "parameters", "bytes", "bits/weight", "nats/token", "KL to teacher", "agreement", "seconds"):
         models.add_column(name, justify="left" if name == "step" else "right")

@@ -13,6 +13,7 @@ from dwindle.pipeline.model_card import render_model_card
 from dwindle.pipeline.recipe import Recipe
 from dwindle.report import Report
 from dwindle.storage import read_json, write_text
+from dwindle.strict_yaml import read_yaml
 from dwindle.typed_json import require_types
 
 __all__ = ["read_report", "read_runs", "rewrite_html", "write_reports"]
@@ -52,18 +53,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     A recipe that is missing or damaged is empty: a run is compared by its report.
     """
-    names = [folder.name for folder in folders]
+    names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     return [Run(name, read_report(folder), _recipe(folder)) for name, folder in zip(names, folders, strict=True)]
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        found = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -71,7 +70,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def rewrite_html(report: Report, folder: Path) -> None:
     """Write report.html of a finished run again, from its report.json and recipe.yaml."""
     recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
     write_text(
         folder / "report.html", render_html(report, title=str(report.inputs.get("recipe", "run")), recipe_text=text)
     )

@@ -120,8 +120,10 @@ def _options(output: str, settings: tuple[str, ...], values: Mapping[str, Any]) 
     of_training = {name: value for name, value in values.items() if name not in parts}
     given = {**of_training, **{f"task.{name}": value for name, value in of_task.items()}}
     own, task = split_settings(settings, given, "task")
-    if values["learning_rate"] is not None and (values["objective"] == "dpo" or values["chosen"] is not None):
-        of_training["dpo_learning_rate"] = of_training.pop("learning_rate")
-    options = made_options(room.AdaptOptions, {**of_training, **own}, "adapt")
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(output).name).lstrip("._-")
-    return options, made_options(room.TaskOptions, {"name": name or "task", **of_task, **task}, "task")
+    schema = made_options(room.TaskOptions, {"name": name or "task", **of_task, **task}, "task")
+    options = made_options(room.AdaptOptions, {**of_training, **own}, "adapt")
+    if values["learning_rate"] is not None and options.objective_of(schema) == "dpo":
+        of_training["dpo_learning_rate"] = of_training.pop("learning_rate")
+        options = made_options(room.AdaptOptions, {**of_training, **own}, "adapt")
+    return options, schema

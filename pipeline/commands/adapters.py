@@ -61,13 +61,16 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
     from dwindle.adapter_card import require_adapter_place
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.measure import Meter
+    from dwindle.token_set import require_disjoint
 
     options = made_options(room.RecoverOptions, values, "recover")
     place = Path(output)
     require_adapter_place(place)
     guide, base = load(teacher, torch_device), load(model, torch_device)
     train = training_set(DataOptions(train=data, seed=options.seed), base.tokenizer, base.anatomy.context)
-    meter = None if text is None else Meter(evaluation_set(text, base.tokenizer), guide)
+    evaluation = None if text is None else evaluation_set(text, base.tokenizer)
+    meter = None if evaluation is None else Meter(evaluation, guide)
+    require_disjoint(*(one for one in (train, evaluation) if one is not None))
     work = beside(place, "work")
     adapter, record = room.recover(base, options, teacher=guide, train_tokens=train, folder=work)
     lines = [f"recover: {record.details['linears']} linears, rank {options.rank}, {adapter.bytes:,} bytes, "

@@ -76,7 +76,7 @@ def fit(model: str, data: tuple[str, ...], output: str | None, settings: tuple[s
     own, of_data, of_distill = _settings(settings, values)
     asked = {"tokens_per_second": tokens_per_second, "memory": memory, "time_to_first_token": time_to_first_token}
     budgets = _budgets({name: value for name, value in asked.items() if value is not None}, own.pop("budgets", {}))
-    options = made_options(FitOptions, {**values, **own, "budgets": budgets, "seed": seed}, "fit")
+    options = made_options(FitOptions, {"seed": seed, **values, **own, "budgets": budgets}, "fit")
     places = _places(output)
     reading, training = _training(options, data, of_data, of_distill)
     if options.distill_steps and not data:

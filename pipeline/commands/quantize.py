@@ -73,11 +73,18 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     choose. Checkpoints of 500M parameters and more are worked on block by block.
     """
     from dwindle import quantize as room
+    from dwindle.bundle import require_model_place
     from dwindle.quantize.folder_step import needs_whole_model
     from dwindle.weight_source import STREAMED_PARAMETERS, WeightSource
 
     own, of_data = split_settings(settings, values)
     options = made_options(room.QuantizeOptions, {**values, "seed": seed, **own}, "quantize")
+    if values["bits"] is not None and (options.mixed or target is not None):
+        raise RecipeError(
+            "quantize: --bits is for all layers alike, a target chooses each layer's. Give one of the two."
+        )
+    if not dry_run:
+        require_model_place(Path(output))
     source = WeightSource(_folder(model))
     if target is not None:
         options = _for_device(options, target, source.anatomy)

@@ -122,7 +122,7 @@ def bench(artefact: str, target: str, profile: str | None, settings: tuple[str, 
     from dwindle import devices as room
 
     own, _ = split_settings(settings, values)
-    options = made_options(room.BenchOptions, {**own, **values}, "bench")
+    options = made_options(room.BenchOptions, {**values, **own}, "bench")
     if profile is not None and profile != "host":
         room.load_profile(profile)
     notify(f"measuring {artefact} on {target}")

@@ -161,3 +161,13 @@ def test_strange_tensors_are_named(tiny_bundle: Callable[..., Any], tmp_path: Pa
     save_file({**tensors, "base_model.model.other": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UnsupportedModel, match=r"2 tensors.*other.*lora_A or lora_B is missing"):
         read_adapter(tmp_path)
+
+
+def test_of_several_patterns_the_first_counts_as_in_peft() -> None:
+    from peft.utils.other import get_pattern_key
+
+    from dwindle.peft_folder import _scale
+
+    patterns, name = {"q_proj": 3, "layers.0.self_attn.q_proj": 8}, "model.layers.0.self_attn.q_proj"
+    assert _scale({"lora_alpha": 1, "alpha_pattern": patterns}, name, rank=4) == 3 / 4
+    assert patterns[get_pattern_key(list(patterns), name)] == 3

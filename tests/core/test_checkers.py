@@ -161,3 +161,32 @@ def test_every_checker_is_described() -> None:
     import dwindle.checkers
 
     assert all(f"\n    {name}" in str(dwindle.checkers.__doc__) for name in CHECKERS)
+
+
+def test_numbers_too_large_or_too_small_to_print_are_judged_all_the_same() -> None:
+    assert check("arithmetic", "2**2000/3 = 5")[1].startswith("2**2000/3 is 1148")
+    assert check("arithmetic", "0.0000001", {"answer": "0.0000001"})[0]
+    assert check("arithmetic", "9" * 400 + ".5", {"answer": "3"})[1].endswith("..., not 3")
+
+
+def test_the_decimals_of_a_bare_number_count() -> None:
+    ask = "How much is 10 / 3?"
+    assert check("arithmetic", "3.3", prompt=ask)[0]
+    assert check("arithmetic", "3.33.", prompt=ask)[0]
+    assert not check("arithmetic", "3.30", prompt=ask)[0]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"minItems": "2"}, {"maxLength": -1}, {"minimum": "0"}, {"multipleOf": 0}, {"properties": []}, {"enum": 5},
+     {"anyOf": {}}, {"required": "n"}, {"type": [["string"]]}],
+)  # fmt: skip
+def test_a_schema_with_nonsense_behind_a_keyword_is_refused(schema: Any) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(schema))}: .* .needed: "):
+        check_schema({"properties": {"n": schema}})
+
+
+def test_multiples_are_exact() -> None:
+    assert schema_problem(0.3, {"multipleOf": 0.1}) is None
+    assert schema_problem(10**40 + 1, {"multipleOf": 2}) == "$: no multiple of 2"
+    assert schema_problem(1e400, {"multipleOf": 2}) == "$: no multiple of 2"

@@ -194,3 +194,12 @@ def test_hashes_see_names_and_contents(tmp_path: Path) -> None:
 
 def test_storage_exports_what_it_promises() -> None:
     assert all(hasattr(storage, name) for name in storage.__all__)
+
+
+def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_text(tmp_path / "kept", "x")
+    with pytest.raises(OutputError, match="no name for an output"):
+        write_text(Path("."), "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -138,3 +138,8 @@ def test_a_report_shows_what_was_measured_since(tmp_path: Path, capsys: pytest.C
     (target,) = json.loads(report("--json")[1])["targets"]
     assert {m["name"]: m["basis"] for m in target["metrics"]}["tokens_per_second"] == "measured"
     assert (run / "report.json").read_text() == recorded
+
+
+def test_what_has_a_flag_can_be_set_by_name_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke(capsys, "none", "--set", "repeats=0")
+    assert (code, "repeats=0: must be at least 1" in err) == (2, True)

@@ -57,6 +57,8 @@ def test_the_harder_of_two_counts() -> None:
         ("tokens_per_second <= 30", "good when high"),
         ("memory >= 1GB", "good when low"),
         ("memory == 1GB", "good when low"),
+        ("task.x.exact_match = 0.8", "only you know which way"),
+        ("task.x.exact_match => 0.8", "only you know which way"),
         ("memory <= 1.5 parsec", "parsec is no unit"),
         ("memory <= 1.5", r"1.5 of what\? Give a unit \(bytes"),
         ("time_to_first_token <= 300", r"300 of what\? Give a unit \(s, ms"),
@@ -133,3 +135,9 @@ def test_files(tmp_path: Path) -> None:
     for place in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(RecipeError, match="cannot be read"):
             read_budgets(place)
+
+
+def test_a_file_that_says_a_budget_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("memory: 1GB\nmemory: 2GB\n")
+    with pytest.raises(RecipeError, match="key 'memory' stands twice"):
+        read_budgets(tmp_path / "b.yaml")

@@ -188,3 +188,15 @@ def test_quality_is_held_to_the_last_step_of_the_variant(artifact: Artifact) -> 
     assert metric(verdict, "task.sums.rouge_l").passed is False
     (plain,), _ = run(ValidateOptions(("pixel-9",)), [(artifact, Path())], steps=steps)
     assert {m.name for m in plain.metrics} == set(METRIC_UNITS)
+
+
+def test_a_float_artifact_is_not_judged_by_the_codes(artifact: Artifact) -> None:
+    def step(name: str, kl: float) -> StepRecord:
+        model = Measurement(1, 1, 8.0, kl_nats_per_token=kl)
+        return StepRecord(name, model, model)
+
+    options = ValidateOptions(("pixel-9",), {"kl": "<= 0.1"})
+    steps = (step("distill", 0.05), step("quantize", 0.3), step("recover", 0.2))
+    for variant, passed in (("float", True), (None, False)):
+        (verdict,), _ = run(options, [(replace(artifact, variant=variant), Path())], steps=steps)
+        assert metric(verdict, "kl_nats_per_token").passed is passed

@@ -158,3 +158,22 @@ def test_a_teachers_traces_become_data_to_adapt_on(line: Path) -> None:
         dwindle(*words, "--checker", "exact")
     with pytest.raises(RecipeError, match="samples=0"):
         dwindle(*words, "--samples", 0)
+
+
+def test_what_is_trained_on_is_not_measured_on(line: Path) -> None:
+    from dwindle.errors import DataError
+
+    with pytest.raises(DataError, match="documents stand in two roles"):
+        dwindle("recover", "-t", line / "teacher", "-m", line / "packed", "-d", line / "train.txt", "-o", line / "a",
+                "--text", line / "train.txt")  # fmt: skip
+
+
+def test_the_learning_rate_reaches_the_objective_that_the_records_ask_for() -> None:
+    from dwindle.pipeline.commands.adapt import _options
+
+    flags = dict.fromkeys(("objective", "prompt", "completion", "label", "chosen", "rejected", "epochs", "rank"))
+    given = {**flags, "data": ("a.json",), "held_out": (), "seed": 0, "learning_rate": "1e-2"}
+    pairs = ("task.chosen=good", "task.rejected=bad")
+    assert _options("out", pairs, given)[0].dpo_learning_rate == 0.01
+    assert _options("out", (*pairs, "objective=sft"), given)[0].learning_rate == 0.01
+    assert _options("out", (), given)[0].learning_rate == 0.01

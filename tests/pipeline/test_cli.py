@@ -341,3 +341,66 @@ def test_what_a_foreign_file_names_does_not_steer_the_terminal(capsys: pytest.Ca
     told = capsys.readouterr().err
     assert "\\x1b[2Jno\\u202ewhere" in told
     assert "\x1b" not in told
+
+
+@pytest.mark.parametrize("flags", [["--tokens", "1"], ["--tokens", "-5"], ["--context", "0"]])
+def test_evaluate_refuses_lengths_that_measure_nothing(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    code, _, err = invoke(capsys, "evaluate", "-m", "none", "--text", "none.txt", *flags)
+    assert (code, "needed: at least" in err) == (2, True)
+
+
+def test_an_output_that_holds_something_else_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], workshop: Path
+) -> None:
+    train = workshop / "train.txt"
+    for words in (["prune", "--keep", "ffn=0.5"], ["quantize", "--scheme", "integer"],
+                  ["distill", "-t", "none", "-d", train]):  # fmt: skip
+        code, _, err = invoke(capsys, *words, "-m", "none", "-o", workshop)
+        assert (code, "something else than a model" in err) == (2, True), err
+
+
+def test_a_path_that_the_system_refuses_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise IsADirectoryError(21, "Is a directory", "/some/place")
+
+    monkeypatch.setattr("dwindle.pipeline.doctor.examine", refused)
+    code, _, err = invoke(capsys, "doctor")
+    assert (code, "/some/place: Is a directory." in err) == (2, True)
+
+
+def test_runs_are_called_by_their_folder_wherever_one_stands(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dwindle.pipeline.write_reports import read_runs
+
+    monkeypatch.chdir(small_run)
+    assert [run.name for run in read_runs([Path(), small_run.parent / "out"])] == [".", str(small_run.parent / "out")]
+    assert read_runs([Path()])[0].name == "out"
+
+
+def test_the_summary_shows_brackets_as_they_are() -> None:
+    from dataclasses import replace
+
+    from dwindle.pipeline.summary import summary
+
+    from .sample_report import sample_report
+
+    report = sample_report()
+    assert "[/b]:x:" in summary(replace(report, artifacts=(replace(report.artifacts[0], variant="[/b]:x:"),)))
+
+
+def test_the_demo_writes_nothing_beside_other_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").touch()
+    code, _, err = invoke(capsys, "demo", "-o", tmp_path)
+    assert (code, "holds no dwindle run" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_the_demo_may_lie_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dwindle.pipeline import demo
+
+    monkeypatch.setattr(demo, "write_text", lambda place, text: None)
+    monkeypatch.setattr(demo, "corpus", lambda *_: [])
+    monkeypatch.setattr(demo, "TASK_STORIES", 0)
+    folder = tmp_path / "a, [b] #1"
+    assert demo.demo_recipe(folder).data.train == (str(folder / "data" / "train.txt"),)

@@ -144,6 +144,9 @@ def test_build_and_show(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("data", "build", str(recipe), "-o", str(tmp_path / "C"), "--set", place, "--dry-run") == 0
     assert "would write" in capsys.readouterr().out
     assert not (tmp_path / "C").exists()
+    assert run("data", "build", str(recipe), "-o", str(tmp_path), "--set", place) == 2
+    assert "something else than a corpus" in capsys.readouterr().err
+    assert recipe.exists()
     assert run("data", "build", str(recipe), "-o", str(tmp_path / "C"), "--set", place, "--json") == 0
     card = json.loads(capsys.readouterr().out)
     assert card == json.loads((tmp_path / "C" / "card.json").read_text())

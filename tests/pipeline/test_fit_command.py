@@ -259,3 +259,11 @@ def test_help_is_enough_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     for words in ("--target", "--tokens-per-second", "dwindle fit -m CONFIG.json", "dwindle run plan.yaml"):
         assert words in out
+
+
+def test_settings_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEACHER_6B4))
+    words = ["-m", tmp_path / "config.json", *PHONE, "--tokens-per-second", "30"]
+    for setting, told in (("budgets=5", "budgets=5: needed metrics"), ("seed=x", "'x' is no number")):
+        code, _, err = invoke(capsys, *words, "--set", setting)
+        assert (code, told in err) == (2, True), err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,13 @@ def test_an_artifact_that_is_not_ready_is_refused(place: Path, capsys: pytest.Ca
     code, _, err = told(capsys, "-m", place / "bare" / "onnx", "cat", "--adapter", place / "a")
     assert code == 2
     assert "not ready for adapters" in err
+
+
+def test_an_artifacts_tokenizer_of_a_newer_transformers_loads(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(place / "bare" / "onnx", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": ["<pad>"]}))
+    assert answer(capsys, "-m", folder, "cat") == answer(capsys, "-m", place / "bare" / "onnx", "cat")

@@ -85,3 +85,11 @@ def test_an_empty_report_is_a_card() -> None:
     card = render_model_card(Report())
     assert "## Results" not in card
     assert "## Limits" in card
+
+
+def test_the_checkpoint_to_load_is_the_model_that_adapters_were_trained_on() -> None:
+    report = sample_report()
+    onnx = report.steps[-1]
+    adapters = tuple(replace(onnx, name=name, variant=variant, details={"task": name})
+                     for name in ("recover", "adapt", "adapt") for variant in ("apple", "onnx"))  # fmt: skip
+    assert '"steps/03-quantize-onnx/model"' in render_model_card(replace(report, steps=(*report.steps, *adapters)))

@@ -104,6 +104,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an unreachable size": (["--target-bytes", "10"], "no allocation reaches target_bytes"),
     "two targets": (["--target-bytes", "1MB", "--target-bits-per-weight", "3"], "one of the two"),
     "a device and a target": (["--target", "pixel-9", "--target-bytes", "1MB"], "sets a size itself"),
+    "bits and a target": (["--bits", "4", "--target-bytes", "1MB"], "Give one of the two"),
+    "bits and a device": (["--bits", "4", "--target", "pixel-9"], "Give one of the two"),
     "no such device": (["--target", "iphone-99"], "iphone-99"),
     "a method without its text": (["--method", "lnq"], "needs a calibration text"),
     "no such method": (["--method", "gptq"], "needed with palettize"),

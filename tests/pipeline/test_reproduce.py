@@ -88,3 +88,11 @@ def test_the_report_says_what_it_was_made_on(tmp_path: Path) -> None:
     assert len(clean) == 40
     (tmp_path / "a").write_text("2")
     assert git_commit(tmp_path) == f"{clean}+"
+
+
+def test_a_file_is_no_place_for_the_second_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    code, told = again(capsys, finished, "-o", tmp_path / "taken")
+    assert (code, "is not empty" in told) == (2, True)

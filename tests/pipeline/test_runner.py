@@ -107,6 +107,20 @@ def test_a_changed_option_redoes_only_what_follows(
     assert [line for line in said if line.endswith("running")] == ["quantize (onnx): running", "export onnx: running"]
 
 
+def test_what_an_earlier_recipe_left_is_gone_and_other_files_stay(
+    small_run: Path, recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(small_run, folder)
+    (folder / "steps" / ".DS_Store").touch()
+    whole = recipe_of().raw["steps"]
+    said: list[str] = []
+    run(recipe_of(steps=[*whole[:2], {"quantize": {"onnx": {"scheme": "integer"}}}]), folder, notify=said.append)
+    assert [line for line in said if line.endswith("running")] == []
+    assert {path.name for path in (folder / "steps").iterdir()} == {
+        ".DS_Store", "00-teacher", "00-samples", "01-prune", "02-distill", "03-quantize-onnx"}  # fmt: skip
+
+
 def test_a_killed_run_goes_on_and_ends_equal(small_run: Path, workshop: Path, tmp_path: Path) -> None:
     """SIGKILL while training; the next run ends with the same bytes as an undisturbed one."""
     recipe = tmp_path / "recipe.yaml"
