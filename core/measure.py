@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dwindle.errors import DataError, RecipeError, UnsupportedModel
+from dwindle.errors import DataError, GateFailed, RecipeError, UnsupportedModel
 from dwindle.report import Measurement
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import require_tokenizer
@@ -186,6 +186,9 @@ class Meter:
                 for logits, reference, wanted in pairs:
                     total += _compare(logits, reference, wanted)
         nats, kl, agreed = total.tolist()
+        if not math.isfinite(nats + kl):
+            raise GateFailed(f"meter: logits on {self.evaluation.source} are no finite numbers, so the model (or the "
+                             "teacher) has no quality to measure: its activations grow beyond float32.")  # fmt: skip
         whole = self.max_tokens is None or self.max_tokens >= self.evaluation.tokens
         return Quality(
             nats_per_token=nats / predictions,

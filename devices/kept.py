@@ -7,6 +7,7 @@ that cannot stand in is told with the reason, never passed over.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,12 +53,18 @@ class Kept:
             self.found.append(made)
         return made
 
-    def passed_over(self, profile: str, artifact: Artifact) -> list[Skipped]:
-        """Return a line for each measurement of this profile and path that cannot stand in, with the reason."""
+    def passed_over(self, profile: str, artifact: Artifact, prompts: Collection[int]) -> list[Skipped]:
+        """Return a line for each measurement of this profile and path that cannot stand in, with the reason.
+
+        `prompts` are the lengths that are judged.
+        """
         told = []
         for kept in self.found:
             if kept.profile == profile and kept.artifact == artifact.path:
                 why = _why_not(kept, profile, artifact)
+                if why is None and profile != HOST and kept.protocol.prompt_tokens not in prompts:
+                    why = f"made after a prompt of {kept.protocol.prompt_tokens:,} tokens; judged are prompts of " \
+                        f"{', '.join(f'{length:,}' for length in sorted(prompts))}"  # fmt: skip
                 told += [] if why is None else [Skipped(f"measurement of {kept.artifact} on {kept.on}", why)]
         return told
 

@@ -125,7 +125,7 @@ def rejudge(report: Report, options: ValidateOptions, folder: Path) -> tuple[Tar
     for verdict in report.targets:
         artifact, anew = by_path.get(verdict.artifact or ""), None
         judged = artifact is not None and verdict.profile != _NAME_OF_HOST
-        if judged and artifact and kept.newest(verdict.profile, artifact, options.prompt_tokens):
+        if judged and artifact and kept.newest(verdict.profile, artifact, _measured_prompt(artifact, options)):
             named = (t for t in options.targets if t == verdict.profile or Path(t).stem == verdict.profile)
             device = _Device.of(next(named, verdict.profile))
             anew, _ = _Judge(device, options, kept, tuple(report.steps)).verdict(artifact, folder / artifact.path)
@@ -176,8 +176,10 @@ class _Judge:
         what = f"{artifact.format}{f' ({artifact.variant})' if artifact.variant else ''} on {name}"
         if self.is_host and artifact.format not in _ON_HOST:
             return None, [Skipped(what, f"this machine has no runtime for {artifact.format} that dwindle can time")]
-        skipped = self.kept.passed_over(name, artifact)
-        found, refusal = self._metrics(artifact, place, self.options.prompt_tokens, self.options.context)
+        usual = _measured_prompt(artifact, self.options)
+        lengths = {usual, *(b.at_tokens for b in self.options.parsed_budgets() if b.at_tokens is not None)}
+        skipped = self.kept.passed_over(name, artifact, lengths)
+        found, refusal = self._metrics(artifact, place, self.options.prompt_tokens, self.options.context, usual)
         if found is None:
             return None, [*skipped, *(Skipped(what, line.why) for line in refusal)]
         beside, missing = self._at_own_prompts(artifact, place)
@@ -188,13 +190,13 @@ class _Judge:
         return verdict, [*skipped, *missing]
 
     def _metrics(
-        self, artifact: Artifact, place: Path, prompt: int, context: int | None
+        self, artifact: Artifact, place: Path, prompt: int, context: int | None, measured_prompt: int
     ) -> tuple[dict[str, Metric] | None, tuple[Skipped, ...]]:
         """Return measured or estimated metrics after a prompt of so many tokens, or None and the reason."""
         if self.device.profile is None:
             bench = replace(self.options.bench(), prompt_tokens=prompt)
             return self.kept.on_this_machine(artifact, place, bench).metrics(), ()
-        measured = self.kept.newest(self.device.name, artifact, prompt)
+        measured = self.kept.newest(self.device.name, artifact, measured_prompt)
         workload = Workload.from_artifact(artifact)
         longest = workload.context_length or None
         room = min(context, longest) if context and longest else context
@@ -217,11 +219,17 @@ class _Judge:
                 why += ", half of them as a prompt" if room < context else ""
                 skipped.append(Skipped(f"{', '.join(names)} @ {tokens} on {self.device.name}", why))
                 continue
-            there, _ = self._metrics(artifact, place, tokens, None)
+            there, _ = self._metrics(artifact, place, tokens, None, tokens)
             for name in names:
                 if there and name in there:
                     metrics[f"{name} @ {tokens}"] = replace(there[name], name=f"{name} @ {tokens}")
         return metrics, skipped
+
+
+def _measured_prompt(artifact: Artifact, options: ValidateOptions) -> int:
+    """Return the prompt's length where a budget names none, cut to the artifact's context as a measurement cuts it."""
+    context = int(artifact.details.get("context_length", 0))
+    return options.bench().protocol(context).prompt_tokens if context else options.prompt_tokens
 
 
 def _quality(artifact: Artifact, steps: Sequence[StepRecord]) -> dict[str, Metric]:

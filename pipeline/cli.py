@@ -86,8 +86,8 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line: progress with a mark, anything worse with its word."""
         mark = "> " if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
-        click.echo(click.style(mark, fg="cyan" if record.levelno <= logging.INFO else "yellow") + record.getMessage(),
-                   err=True)  # fmt: skip
+        styled = click.style(mark, fg="cyan" if record.levelno <= logging.INFO else "yellow")
+        click.echo(styled + _printable(record.getMessage()), err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -77,4 +77,9 @@ def _cells(row: Row) -> list[str]:
     told = [change_text(worse) or note for worse, note in zip(row.worse[1:], row.notes[1:], strict=True)]
     values = [figures.named(row.name, value) for value in row.values]
     mark = "" if row.judged else " (not judged)"
-    return [escape_markdown(row.what), f"{row.name}{mark}", *values, "; ".join(escape_markdown(t) for t in told if t)]
+    return [
+        escape_markdown(row.what),
+        f"{escape_markdown(row.name).replace(chr(92) + '_', '_')}{mark}",
+        *values,
+        "; ".join(escape_markdown(t) for t in told if t),
+    ]

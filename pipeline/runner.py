@@ -67,6 +67,7 @@ class _Line:
         self.teacher = ModelBundle.load(
             recipe.teacher, trust_remote_code=recipe.trust_remote_code, torch_device=torch_device
         )
+        self.teacher_sha256 = self.teacher.content_sha256  # of all its weights: taken once
         require_carried(recipe, self.teacher.anatomy)
         require_stages(recipe, self.teacher.anatomy)
         self._check_space()
@@ -77,7 +78,7 @@ class _Line:
         self.report = Report(
             environment=environment(torch_device),
             inputs={
-                "teacher": {"model": recipe.teacher, "sha256": self.teacher.content_sha256},
+                "teacher": {"model": recipe.teacher, "sha256": self.teacher_sha256},
                 "data": self.texts.card(),
                 "seed": recipe.seed,
                 "recipe": recipe.name,
@@ -129,7 +130,7 @@ class _Line:
                 "options": plain(options),
                 "inputs": dict(inputs),
                 "data": self.texts.sha256,
-                "teacher": self.teacher.content_sha256,
+                "teacher": self.teacher_sha256,
                 "seed": self.recipe.seed,
                 "device": self.device.split(":")[0],
                 "code": code_sha256("data", *rooms),
@@ -144,7 +145,7 @@ class _Line:
             self.notify("teacher: measuring")
             measured = self.texts.of(self.teacher)[1].measure(self.teacher)
             entry = self.folder.store(place, key, lambda _: {"measurement": measured.to_json()})
-        return Stage(None, self.teacher.content_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
+        return Stage(None, self.teacher_sha256, Measurement(**entry["measurement"]), bundle=self.teacher)
 
     def _transform(self, index: int, step: StepSpec, variant: str | None, source: Stage) -> Stage:
         options = self.recipe.options[index, variant]
@@ -218,7 +219,7 @@ class _Line:
 
     def _add_samples(self, ends: list[Stage]) -> None:
         """Add what the teacher and every end of the line write after the same beginnings."""
-        stages = {end.variant or "student": end for end in ends if end.sha256 != self.teacher.content_sha256}
+        stages = {end.variant or "student": end for end in ends if end.sha256 != self.teacher_sha256}
         if not stages:
             return
         place = self.folder.step_folder(0, "samples", None)

@@ -92,7 +92,12 @@ def add_device(path: str, as_json: bool) -> None:
 @click.command()
 @click.argument("artefact", type=click.Path())
 @click.option(
-    "--on", "target", default="host", show_default=True, metavar="TARGET", help="host, ssh://user@board[:port]."
+    "--on",
+    "target",
+    default="host",
+    show_default=True,
+    metavar="TARGET",
+    help="host, ssh://user@board[:port], adb:SERIAL, apple:NAME, apple:mac or aihub:DEVICE.",
 )
 @click.option("--profile", help="Device profile that TARGET is: its estimates are replaced by this measurement.")
 @click.option("--runtime", help="onnxruntime, genai, coreai or coreml.  [default: by the artefact's format]")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dwindle.data import evaluation_set
-from dwindle.errors import DataError, RecipeError, UnsupportedModel
+from dwindle.errors import DataError, GateFailed, RecipeError, UnsupportedModel
 from dwindle.measure import Meter, logit_slices
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encoding_sha256
@@ -152,3 +152,13 @@ def test_reference_numbers_of_real_models(assets: Any, name: str, nats: float, b
     found = Meter(evaluation_set(assets / "data/text/tinystories_valid.txt", bundle.tokenizer)).measure(bundle)
     assert found.nats_per_token == pytest.approx(nats, abs=5e-5)
     assert found.bits_per_byte == pytest.approx(bits, abs=5e-5)
+
+
+def test_logits_that_are_no_numbers_have_no_quality(tiny_bundle: Any) -> None:
+    bundle = tiny_bundle()
+    tokens = token_set(bundle, random_ids(70))
+    with torch.no_grad():
+        bundle.model.model.norm.weight.fill_(3e38)
+    for teacher in (None, tiny_bundle(seed=1)):
+        with pytest.raises(GateFailed, match="no finite numbers"):
+            Meter(tokens, teacher).measure(bundle)

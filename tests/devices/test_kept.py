@@ -105,3 +105,14 @@ def test_verdicts_of_a_run_are_made_anew_only_where_a_measurement_stands(run_fol
     assert (speed(verdicts[0]).basis, speed(verdicts[0]).passed) == ("estimated", False)
     assert pixel_8 == verdicts[1]
     assert rejudge(report, replace(options, prompt_tokens=9), run_folder) == verdicts
+
+
+def test_a_prompt_that_the_context_cuts_is_the_same_prompt(run_folder: Path) -> None:
+    found = measured(run_folder)
+    write_measurement(replace(found, protocol=replace(found.protocol, prompt_tokens=16)), run_folder)
+    usual = replace(ASKED, prompt_tokens=512)  # cut to 16, half of the context, where it was measured
+    (verdict,), skipped = run(usual, [exported(run_folder)], folder=run_folder)
+    assert (speed(verdict).basis, skipped) == ("measured", ())
+    (verdict,), skipped = run(ASKED, [exported(run_folder)], folder=run_folder)
+    assert speed(verdict).basis == "estimated"
+    assert [line.why for line in skipped] == ["made after a prompt of 16 tokens; judged are prompts of 8"]

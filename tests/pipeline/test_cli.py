@@ -404,3 +404,12 @@ def test_the_demo_may_lie_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(demo, "TASK_STORIES", 0)
     folder = tmp_path / "a, [b] #1"
     assert demo.demo_recipe(folder).data.train == (str(folder / "data" / "train.txt"),)
+
+
+def test_a_warning_with_a_foreign_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from dwindle.pipeline.cli import _Lines
+
+    _Lines().emit(logging.LogRecord("dwindle", logging.WARNING, "", 0, "left out: %s", ("a\x1b[2Jb",), None))
+    assert capsys.readouterr().err.endswith("left out: a\\x1b[2Jb\n")

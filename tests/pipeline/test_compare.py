@@ -184,3 +184,14 @@ def test_markdown_says_what_changed_and_escapes_it() -> None:
     assert "No regression of more than 2.0%." in comparison_markdown(
         compare_reports(sample_report(), sample_report(), 0.02)
     )
+
+
+def test_names_of_metrics_from_a_foreign_report_cannot_break_out_of_markdown() -> None:
+    report = sample_report()
+    step = replace(
+        report.steps[-1], name="adapt", details={"task": "t", "metrics_after": {"<b>|x": 0.5, "exact_match": 1}}
+    )
+    before = replace(report, steps=(*report.steps, replace(step, details={"task": "t"})))
+    told = comparison_markdown(compare_reports(before, replace(report, steps=(*report.steps, step)), 0.02))
+    assert r"| \<b\>\|x (not judged) |" in told
+    assert "| exact_match |" in told
