@@ -77,7 +77,7 @@ def adapt(
         result = train(adapted.model, run.objective, run.rows, run.training, folder=folder, on_step=on_step,
                        identity=identity, evaluate=best.evaluate, stop=best.stopped)  # fmt: skip
         made = Adapter(config, {name: tensor.half() for name, tensor in best.tensors.items()},
-                       _card(bundle, options, objective, records, run.rows, start))  # fmt: skip
+                       _card(bundle, options, config, objective, records, run.rows, start))  # fmt: skip
         fill(adapted.model, dict(made.tensors))
         ended = task_quality(adapted, records, tokens, options.held_out_records)
         made = replace(made, card=replace(made.card, metrics=ended))
@@ -127,7 +127,7 @@ def _begun(bundle: ModelBundle, options: AdaptOptions, start: Adapter | None) ->
 def _require_same_shape(options: AdaptOptions, start: Adapter) -> None:
     """Raise RecipeError if the options ask for another shape than the adapter to start from has."""
     default, config = AdapterOptions(), start.config
-    kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    kind = _kind(config)
     wrong = [f"{name}={asked} (it has {has})" for name, asked, usual, has in (
         ("rank", options.rank, default.rank, config.r), ("kind", options.kind, default.kind, kind),
         ("alpha", options.alpha, default.alpha, config.lora_alpha),
@@ -139,6 +139,10 @@ def _require_same_shape(options: AdaptOptions, start: Adapter) -> None:
             f"adapt: an adapter keeps the shape of the one it starts from: {'; '.join(wrong)}. Leave these options "
             "out, or start without it."
         )
+
+
+def _kind(config: Any) -> str:
+    return "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
 
 
 class _Run:
@@ -155,18 +159,19 @@ class _Run:
         windows = self._replay(general, len(tokens.train), max(e.longest for e in tokens.train))
         if objective == "sft":
             self.rows = completion_rows(base, tokens.train, windows, licence)
-            self._held_out = completion_rows(base, kept).ids
+            held_out = completion_rows(base, kept)
             self.objective = self._judge = CompletionLoss()
         else:
             self.rows = preference_rows(base, tokens.train, windows, licence)
-            self._held_out = preference_rows(base, kept).ids
+            held_out = preference_rows(base, kept)
             held_to = adapted if options.reference == "start" else base
             with evaluating(held_to.model):
                 size = max(1, options.batch_size // options.gradient_accumulation)
                 pairs = self.rows.ids[: len(tokens.train)]
-                known = [reference_log_probs(held_to.model, ids, size) for ids in (pairs, self._held_out)]
+                known = [reference_log_probs(held_to.model, ids, size) for ids in (pairs, held_out.ids)]
             self.objective = PreferenceLoss(known[0], options.beta, options.nll_weight)
             self._judge = PreferenceLoss(known[1], options.beta)
+        self._held_out, self._held_out_sha256 = held_out.ids, held_out.sha256
         self.training: TrainOptions = options.run_options(objective, *self.rows.ids.shape)
 
     def _replay(self, general: TokenSet | None, records: int, longest: int) -> Tensor | None:
@@ -204,13 +209,15 @@ class _Run:
                 "objective": self._kind, "rank": o.rank, "kind": o.kind, "targets": list(o.targets),
                 "alpha": o.scaled_by, "dropout": o.dropout, "beta": o.beta, "reference": o.reference,
                 "nll_weight": o.nll_weight, "patience": o.patience, "rows": self.rows.sha256,
+                "held_out": self._held_out_sha256,
                 "evaluate_every": self.training.evaluate_every}  # fmt: skip
 
 
-def _card(bundle: ModelBundle, options: AdaptOptions, objective: TaskObjective, records: TaskRecords, rows: TokenSet,
-          start: Adapter | None) -> AdapterCard:  # fmt: skip
+def _card(bundle: ModelBundle, options: AdaptOptions, config: Any, objective: TaskObjective, records: TaskRecords,
+          rows: TokenSet, start: Adapter | None) -> AdapterCard:  # fmt: skip
     recorded: Mapping[str, Any] = {
         **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}, "objective": objective,
+        "rank": config.r, "alpha": config.lora_alpha, "kind": _kind(config),
     }  # fmt: skip
     base = str(bundle.lineage.entries[0].options.get("model", "model")) if bundle.lineage.entries else "model"
     return AdapterCard(

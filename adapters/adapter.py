@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dwindle.adapter_card import (
     CARD_FILE,
+    CONFIG_FILE,
     SCHEMA,
     WEIGHTS_FILE,
     AdapterCard,
@@ -24,7 +25,7 @@ from dwindle.adapter_card import (
 )
 from dwindle.adapters.attach import attach, fill
 from dwindle.errors import RecipeError, UnsupportedModel
-from dwindle.storage import atomic_folder, write_json
+from dwindle.storage import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -79,6 +80,7 @@ class Adapter:
         require_adapter_place(Path(folder))
         with atomic_folder(Path(folder)) as partial:
             self.config.save_pretrained(str(partial))
+            _order_targets(partial / CONFIG_FILE)
             save_file({n: t.contiguous() for n, t in self.tensors.items()}, partial / WEIGHTS_FILE,
                       metadata={"format": "pt"})  # fmt: skip
             write_json(partial / CARD_FILE, {"schema": SCHEMA, **asdict(self.card), "sha256": self.sha256})
@@ -99,3 +101,10 @@ class Adapter:
             raise UnsupportedModel(f"{folder}: the adapter cannot be read ({error}). Restore it.") from error
         require_whole(folder, made.tensors)
         return made
+
+
+def _order_targets(path: Path) -> None:
+    """Put the targets in order: PEFT writes a set, in another order every time, and equal adapters must hash alike."""
+    config = read_json(path)
+    if isinstance(config["target_modules"], list):
+        write_json(path, {**config, "target_modules": sorted(config["target_modules"])})

@@ -24,7 +24,7 @@ def described(folder: Path) -> dict[str, Any]:
         return {"name": folder.name, "task": card.task, "rank": config["r"], "kind": kind, "bytes": size,
                 "linears": len(config["target_modules"]),
                 **{k: v for k, v in asdict(card).items() if k != "task"}}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModel(f"{folder}: the adapter cannot be read ({error}). Restore it.") from error
 
 

@@ -44,9 +44,10 @@ def merged_weight(weight: Tensor, change: LowRank) -> Tensor:
     >>> merged_weight(torch.zeros(1, 2), LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), 0.5))
     tensor([[1.5000, 3.0000]])
     """
-    merged = weight.double() + change.scale * (change.b.double() @ change.a.double())
+    a, b = change.a.to(weight.device, torch.float64), change.b.to(weight.device, torch.float64)
+    merged = weight.double() + change.scale * (b @ a)
     if change.magnitude is not None:
-        merged = merged * (change.magnitude.double().flatten() / merged.norm(dim=1))[:, None]
+        merged = merged * (change.magnitude.to(merged).flatten() / merged.norm(dim=1))[:, None]
     return merged.float()
 
 
@@ -68,8 +69,8 @@ def merge(
     if bundle.quantized and recode is None:
         raise RecipeError(
             "merge: the base is quantized; an adapter cannot be folded into codes without rounding them again, which "
-            "loses a part of what it was trained for. Merge into the float model and quantize the result, or say that "
-            "the changed linears shall be rounded again (dwindle adapters merge --requantize)."
+            "loses a part of what it was trained for. Keep the adapter beside its base (dwindle export --adapter), or "
+            "say that the changed linears shall be rounded again (dwindle adapters merge --requantize)."
         )
     changes = read_adapter(adapter)
     _require_base(bundle, adapter, changes)
@@ -103,6 +104,11 @@ def _require_base(bundle: ModelBundle, adapter: Path, changes: Mapping[str, LowR
         for name, module in bundle.model.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
     }
+    if bundle.anatomy.tied and bundle.anatomy.head in changes:
+        raise UnsupportedModel(
+            f"{adapter}: it changes {bundle.anatomy.head}, whose weight is the embedding's, so that a merged one would "
+            "change what the model reads as well. Take an adapter without it, or untie the model first."
+        )
     wrong = [
         f"{name} ({c.b.shape[0]}x{c.a.shape[1]})"
         for name, c in changes.items()

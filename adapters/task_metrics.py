@@ -12,7 +12,6 @@ its keys and values in one batch. Packed weights are unpacked once for all of it
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,9 +78,6 @@ def greedy_answers(bundle: ModelBundle, encoder: Encoder, examples: Sequence[Enc
     answers = [""] * len(examples)
     stops = encoder.stops or {-1}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else max(0, *stops)
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1, max_length=None,
-                    eos_token_id=sorted(stops), pad_token_id=padding)  # fmt: skip
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
         longest = max(len(examples[i].prompt) for i in rows)
@@ -91,8 +87,9 @@ def greedy_answers(bundle: ModelBundle, encoder: Encoder, examples: Sequence[Enc
             prompt = torch.tensor(examples[index].prompt)
             ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
         room = bundle.anatomy.context - longest
-        settings.max_new_tokens = max(1, min(room, max(len(examples[i].answer) for i in rows) + 4))
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings)
+        most = max(1, min(room, max(len(examples[i].answer) for i in rows) + 4))
+        with _settings(model, max_new_tokens=most, eos_token_id=sorted(stops), pad_token_id=padding):
+            out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
         for row, text in zip(rows, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
             answers[row] = text
     return answers
@@ -142,6 +139,19 @@ def _wins(model: nn.Module, pairs: Sequence[Encoded]) -> Iterator[float]:
 
 
 @contextmanager
+def _settings(model: Any, **values: Any) -> Iterator[None]:
+    """Let a model generate with these settings alone: its own, such as a repetition penalty, fill what is not given."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, **values)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
 def _unpacked(bundle: ModelBundle) -> Iterator[None]:
     """Keep unpacked weights for a while, if they fit; every token would unpack them again."""
     fits = bundle.quantized and 4 * bundle.size().parameters <= _DENSE_BYTES
@@ -159,8 +169,8 @@ def _like(answer: str, right: str) -> str:
     return answer if "\n" in right.strip() else answer.strip().partition("\n")[0]
 
 
-def _normal(text: str) -> str:
-    return text.strip().rstrip(".").strip().casefold()
+def _normal(text: str | None) -> str:
+    return (text or "").strip().rstrip(".").strip().casefold()
 
 
 def _mean(values: Iterator[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +36,13 @@ class Record:
     rejected: str | None = None
     choices: tuple[str, ...] = ()
     is_trace: bool = False
+    question: str = ""
+    """The short prompt of a trace's row; empty: its own prompt is it. Records of one question stand on one side."""
+
+    @property
+    def asked(self) -> str:
+        """Return what decides the side that a record stands on."""
+        return self.question or self.prompt
 
 
 @dataclass
@@ -87,6 +95,10 @@ class TaskRecords:
         return record.choices or self.labels
 
 
+_ByRow = list[tuple[Row, list[Record]]]
+"""Every good row with its records, the short one first."""
+
+
 def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
     """Return a task's records. Raises DataError with every bad one, by kind."""
     bad = BadRecords()
@@ -94,14 +106,15 @@ def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
     kept = [row for place in options.held_out for row in read_rows(place, options.columns)]
     _require_columns(options, [*given, *kept])
     labels = options.labels or _all_labels(options, given)
-    train, held_out = _records(options, given, labels, bad), _records(options, kept, labels, bad)
+    by_row, of_kept = _records(options, given, labels, bad), _records(options, kept, labels, bad)
+    train, held_out = _flat(by_row), _flat(of_kept)
     skipped = bad.settle(options, len(train))
     if options.checker is not None:
-        train, unpassed = _passing(options.checker, train, given)
+        train, unpassed = _passing(options.checker, by_row)
         skipped += unpassed
     if options.held_out:
-        measured = {record.prompt for record in held_out}
-        apart = [record for record in train if record.prompt not in measured]
+        measured = {record.asked for record in held_out}
+        apart = [record for record in train if record.asked not in measured]
         if shared := len(train) - len(apart):
             skipped += (Skipped(f"{shared:,} training records of task {options.name}", "their prompts are held out"),)
         train = apart
@@ -148,16 +161,20 @@ def _all_labels(options: TaskOptions, rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted({text for row in rows if (text := _text(options.label, row.values).strip())}))
 
 
-def _records(options: TaskOptions, rows: Sequence[Row], labels: tuple[str, ...], bad: BadRecords) -> list[Record]:
-    found: list[Record] = []
+def _records(options: TaskOptions, rows: Sequence[Row], labels: tuple[str, ...], bad: BadRecords) -> _ByRow:
+    found: _ByRow = []
     for row in rows:
         made, problem = _record(options, row, labels)
         if problem is not None:
             kind, _, detail = problem.partition("\0")
             bad.add(kind, f"{row.place} ({detail})" if detail else row.place)
         else:
-            found += made
+            found.append((row, made))
     return found
+
+
+def _flat(by_row: _ByRow) -> list[Record]:
+    return [record for _, made in by_row for record in made]
 
 
 def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[list[Record], str | None]:
@@ -188,22 +205,22 @@ def _record(options: TaskOptions, row: Row, labels: tuple[str, ...]) -> tuple[li
     made = [Record(prompt, target, row.place, choices=choices)]
     if options.traces is not None and (trace := _text(options.traces, row.values)).strip():
         asked = prompt if options.trace_prompt is None else _text(options.trace_prompt, row.values)
-        made.append(Record(asked, trace, row.place, is_trace=True))
+        made.append(Record(asked, trace, row.place, is_trace=True, question=prompt))
     return made, None
 
 
-def _passing(spec: str, records: list[Record], rows: Sequence[Row]) -> tuple[list[Record], tuple[Skipped, ...]]:
+def _passing(spec: str, by_row: _ByRow) -> tuple[list[Record], tuple[Skipped, ...]]:
     """Return the records whose answer a checker passes; a trace is held to its row's short answer."""
-    checker, values = make_checker(spec), {row.place: row.values for row in rows}
-    short = {record.place: record.completion for record in records if not record.is_trace}
+    checker = make_checker(spec)
     kept, failed = [], list[str]()
-    for record in records:
-        known = {**values[record.place], "reference": short[record.place]}
-        verdict = checker(record.prompt, record.completion, known)
-        if verdict.passed:
-            kept.append(record)
-        else:
-            failed.append(f"{record.place} ({verdict.why})")
+    for row, made in by_row:
+        known = {**row.values, "reference": made[0].completion}
+        for record in made:
+            verdict = checker(record.prompt, record.completion, known)
+            if verdict.passed:
+                kept.append(record)
+            else:
+                failed.append(f"{record.place} ({verdict.why})")
     told = f"the checker {spec} did not pass them: {offenders(failed, _SHOWN)}"
     return kept, (Skipped(f"{len(failed):,} answers as training records", told),) if failed else ()
 
@@ -231,7 +248,8 @@ def _text(template: str, values: Mapping[str, Any]) -> str:
     """Return a column's text or a filled template; what is missing or None is empty."""
     if "{" not in template:
         return _plain(values.get(template))
-    return template.format_map({name: _plain(values.get(name)) for name in columns_of(template)})
+    parts = string.Formatter().parse(template)  # format_map would take a column named 0 for a position
+    return "".join(text + ("" if name is None else _plain(values.get(name))) for text, name, _, _ in parts)
 
 
 def _plain(value: Any) -> str:
@@ -239,10 +257,10 @@ def _plain(value: Any) -> str:
 
 
 def _divided(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return training and held-out records; all records of one prompt stand on one side."""
-    prompts = sorted({record.prompt for record in records}, key=lambda prompt: _draw(seed, prompt))
+    """Return training and held-out records; all records of one question stand on one side."""
+    prompts = sorted({record.asked for record in records}, key=lambda prompt: _draw(seed, prompt))
     out = set(prompts[: math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
-    return [r for r in records if r.prompt not in out], [r for r in records if r.prompt in out]
+    return [r for r in records if r.asked not in out], [r for r in records if r.asked in out]
 
 
 def _draw(seed: int, text: str) -> str:

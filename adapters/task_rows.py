@@ -29,7 +29,9 @@ class Row:
 
 def read_rows(spec: str, columns: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a place. Raises DataError for a place that cannot be read at all."""
-    place, _, key = spec.partition("::")
+    place, colons, key = spec.partition("::")
+    if colons and not key:
+        raise DataError(f"{spec}: no entry or split is named after '::'. Name one, or leave '::' out.")
     path = Path(place).expanduser()
     try:
         if path.is_dir():
@@ -47,6 +49,8 @@ def read_rows(spec: str, columns: Sequence[str] = ()) -> list[Row]:
 
 def _file_rows(path: Path, key: str, columns: Sequence[str]) -> Iterator[Row]:
     suffix = path.suffix.lower()
+    if key and suffix != ".json":
+        raise DataError(f"{path}::{key}: only a .json file has entries of its own names. Leave '::{key}' out.")
     if suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -93,6 +97,8 @@ def _json_list(path: Path, key: str) -> list[Any]:
         if key not in value:
             raise DataError(f"{path}: no entry {key!r}{did_you_mean(key, map(str, value))}.")
         value = value[key]
+    elif key:
+        raise DataError(f"{path}::{key}: a JSON {type(value).__name__}, no object with entries. Leave '::{key}' out.")
     if not isinstance(value, list):
         raise DataError(f"{path}: a JSON {type(value).__name__}, but a list of records is needed.")
     return value
@@ -155,11 +161,17 @@ def _data_set_rows(data: Any, place: str, split: str) -> Iterator[Row]:
         if chosen not in data:
             raise DataError(f"{place}: no split {chosen!r}{did_you_mean(chosen, map(str, data))}.")
         data = data[chosen]
+    elif split and split != str(data.split):
+        raise DataError(f"{place}::{split}: one data set without splits of its own. Leave '::{split}' out.")
     names = {key: kind.int2str for key, kind in data.features.items() if hasattr(kind, "int2str")}
     for number, values in enumerate(data, 1):
-        told = {key: names[key](value) if key in names and value is not None and value >= 0 else value
-                for key, value in values.items()}  # fmt: skip
+        told = {key: _class_name(names[key], value) if key in names else value for key, value in values.items()}
         yield Row(f"{place}: row {number}", told)
+
+
+def _class_name(name_of: Any, value: int | None) -> Any:
+    """Return a class label's name; -1 is how data sets say that a row has none."""
+    return None if value is None or value < 0 else name_of(value)
 
 
 def _first_line(error: Exception) -> str:

@@ -70,6 +70,7 @@ def solved(
     cache_dense(bundle.model)
     try:
         for index, record in enumerate(records):
+            encoder.answer(record.prompt, record.completion)  # it learns from the template what ends an answer
             found = _attempts(bundle, encoder, record, options, mixed_seed(options.seed, index))
             known = {"reference": record.completion, "prompt": record.prompt}
             passed = [checker(record.prompt, attempt, known).passed for attempt in found]

@@ -21,6 +21,10 @@ from dwindle.storage import read_json
 __all__ = ["read_adapter"]
 
 _PATTERN = re.compile(r"\^?(?:[\w.|-]|\\\.|\.\*){1,400}\$?")
+_CONDITIONAL = ("alora_invocation_tokens", "arrow_config", "use_qalora")
+"""Settings with which the change of a linear is no W + s B A for every token."""
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Starts that take from the base what they put into A and B: on the base as it was, such an adapter counts it twice."""
 _MOST_STARS, _LARGEST_ALPHA = 3, 1e9
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "magnitude",
@@ -87,6 +91,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     wrong = [f"{key}={config.get(key)!r} (needed {needed!r})"
              for key, needed in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None))
              if config.get(key, needed) != needed]  # fmt: skip
+    wrong += [f"{key}={config[key]!r:.80} (needed: none)" for key in _CONDITIONAL if config.get(key)]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        wrong.append(f"init_lora_weights={start!r:.80}, which changes the base as well (needed: an adapter that was "
+                     "converted when it was saved)")  # fmt: skip
     wrong += _wrong_alphas(config)
     if config.get("fan_in_fan_out"):
         wrong.append("fan_in_fan_out=True (needed False)")

@@ -27,7 +27,8 @@ from dwindle.export.carried_adapters import CarriedAdapter
 from dwindle.low_rank import Factors, factors
 from dwindle.storage import hash_file, write_json, write_text
 
-__all__ = ["ADAPTERS", "PACKAGE_FILE", "adapter_factors", "describe", "described", "write_adapter_files"]
+__all__ = ["ADAPTERS", "PACKAGE_FILE", "adapter_factors", "describe", "described", "keep_earlier",
+           "write_adapter_files"]  # fmt: skip
 
 ADAPTERS = "adapters"
 """Folder of an artifact that holds a folder for each adapter."""
@@ -80,7 +81,17 @@ def described(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / PACKAGE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if found.get("schema") == _SCHEMA else {}
+    return found if isinstance(found, dict) and found.get("schema") == _SCHEMA else {}
+
+
+def keep_earlier(adapter: CarriedAdapter, earlier: Path, folder: Path) -> None:
+    """Take over into `folder` what an earlier package of the very same adapter holds for the runtimes."""
+    found = described(earlier)
+    if found.get("sha256") != hash_file(adapter.folder / WEIGHTS_FILE):
+        return
+    for row in found["runtimes"].values():
+        shutil.copyfile(earlier / row["file"], folder / row["file"])
+    shutil.copyfile(earlier / PACKAGE_FILE, folder / PACKAGE_FILE)
 
 
 def _readme(found: Mapping[str, Any]) -> str:

@@ -157,21 +157,21 @@ def _replace(block: Any, op: Any, weight: CarriedWeight) -> None:
 
 
 def _palettes(mb: Any, op: Any, weight: PalettizedWeight) -> Any:
-    lut = weight.palettes.numpy().reshape(len(weight.palettes), 1, 2**weight.bits, 1)
-    indices = _typed(weight.indices.numpy(), f"uint{weight.bits}")
+    lut = weight.palettes.cpu().numpy().reshape(len(weight.palettes), 1, 2**weight.bits, 1)
+    indices = _typed(weight.indices.cpu().numpy(), f"uint{weight.bits}")
     dense = mb.constexpr_lut_to_dense(indices=indices, lut=lut, before_op=op, name=f"{op.name}_palettized")
     if weight.row_scales is None:
         return dense
     return mb.constexpr_blockwise_shift_scale(
-        data=dense, scale=weight.row_scales.numpy()[:, None], before_op=op, name=f"{op.name}_scaled"
+        data=dense, scale=weight.row_scales.cpu().numpy()[:, None], before_op=op, name=f"{op.name}_scaled"
     )
 
 
 def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
-    codes, arguments = weight.codes.numpy(), {}
+    codes, arguments = weight.codes.cpu().numpy(), {}
     if weight.zero_points is not None:
         offset_bits = 8 if is_chained(weight.spec()) else weight.bits
-        arguments["offset"] = _typed(weight.zero_points.numpy(), f"uint{offset_bits}")
+        arguments["offset"] = _typed(weight.zero_points.cpu().numpy(), f"uint{offset_bits}")
     if is_chained(weight.spec()):
         data = _numbers(mb, op, weight)
     elif weight.symmetric:
@@ -179,7 +179,7 @@ def _integers(mb: Any, op: Any, weight: AffineWeight) -> Any:
     else:
         data = _typed(codes, f"uint{weight.bits}")
     return mb.constexpr_blockwise_shift_scale(
-        data=data, scale=weight.scales.numpy(), before_op=op, name=f"{op.name}_integers", **arguments
+        data=data, scale=weight.scales.cpu().numpy(), before_op=op, name=f"{op.name}_integers", **arguments
     )
 
 
@@ -192,7 +192,7 @@ def _numbers(mb: Any, op: Any, weight: AffineWeight) -> Any:
     """Return the codes' numbers, looked up: less their centre if symmetric, else as they are."""
     numbers = np.arange(2**weight.bits)
     lut = (numbers - weight.centre).astype(np.float16) if weight.symmetric else numbers.astype(np.uint8)
-    indices = _typed(weight.codes.numpy(), f"uint{weight.bits}")
+    indices = _typed(weight.codes.cpu().numpy(), f"uint{weight.bits}")
     return mb.constexpr_lut_to_dense(indices=indices, lut=lut.reshape(1, 1, -1, 1), before_op=op,
                                      name=f"{op.name}_codes")  # fmt: skip
 

@@ -9,9 +9,10 @@ text alone, without padding. So masks, positions and the longest context are par
 
     max |error|         over hidden states or logits
     cosine              of embeddings with the reference's, smallest and mean
-    KL                  KL(reference || artifact) of the softmax of logits; of embeddings: of each text's ranking of
-                        the other texts, the softmax of 20 times their cosines, which is the distribution sentence
-                        encoders are trained with (sentence-transformers, MultipleNegativesRankingLoss)
+    KL                  KL(reference || artifact) of the softmax of logits; of a head with one output, a score, of the
+                        softmax over the texts, for that of one number is always 1; of embeddings, of each text's
+                        ranking of the other texts, the softmax of 20 times their cosines, which is the distribution
+                        that sentence encoders are trained with (sentence-transformers, MultipleNegativesRankingLoss)
     top-1 agreement     same label, same token, or same nearest other text
 
 A float export has to agree as float32 does. What 8 and 4 bits may cost is a quality limit. On the texts of
@@ -146,7 +147,7 @@ def encoder_parity(
         cosines = functional.cosine_similarity(sides[0], sides[1], dim=-1)
         rows = [(_ranking(sides[0]), _ranking(sides[1]))]
     else:
-        rows = [(e.double().reshape(-1, e.shape[-1]), f.double().reshape(-1, f.shape[-1])) for e, f in values]
+        rows = _logit_rows(values)
     kl, agreement = _divergence(rows)
     lengths = [len(text["input_ids"]) for text in texts]
     return _verdict(limits, executed_by=session.executed_by, lengths=lengths, error=error, largest=largest,
@@ -160,6 +161,15 @@ def pooled(hidden: Tensor, pooling: Sequence[str]) -> Tensor:
     [2.0, 2.0, 3.0, 4.0]
     """
     return torch.cat([POOLINGS[name](hidden) for name in pooling])
+
+
+def _logit_rows(values: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows that are compared; of a head with one output, the scores of all texts are one row."""
+    rows = [(e.double().reshape(-1, e.shape[-1]), f.double().reshape(-1, f.shape[-1])) for e, f in values]
+    if all(e.shape[-1] > 1 for e, _ in rows):
+        return rows
+    expected, found = (torch.cat([row.flatten() for row in side])[None] for side in zip(*rows, strict=True))
+    return [(expected, found)]
 
 
 def _ranking(embeddings: Tensor) -> Tensor:

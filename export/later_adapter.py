@@ -15,7 +15,7 @@ from typing import Any
 from dwindle.anatomy import anatomy_of
 from dwindle.bundle import ModelBundle
 from dwindle.errors import OutputError, RecipeError
-from dwindle.export.adapter_package import PACKAGE_FILE, adapter_factors, describe, write_adapter_files
+from dwindle.export.adapter_package import PACKAGE_FILE, adapter_factors, describe, keep_earlier, write_adapter_files
 from dwindle.export.adapter_parity import ADAPTER_LIMITS, adapters_parity
 from dwindle.export.artefact import read_manifest
 from dwindle.export.backends import BACKENDS
@@ -54,6 +54,7 @@ def package_adapter(
     carried = replace(_fitting(adapter, manifests), name=output.resolve().name)
     changes = adapter_factors(carried, bundle)
     with atomic_folder(output) as partial:
+        keep_earlier(carried, output, partial)
         write_adapter_files(carried, partial)
         rows: dict[str, dict[str, Any]] = {}
         for folder, found in manifests.items():

@@ -42,9 +42,10 @@ def coded_walk(
                 yield from _coded(_weights(blocks, layer, module, formats), formats, coder, statistics)
         return
     rows = row_curvatures(blocks, ids, seed) if walk.rows else {}
-    for block in forward_walk(blocks, ids, hessian=walk.direction == "forward", keep_float=walk.direction == "matched"):
+    matched = walk.direction == "matched"  # `match_outputs` has Hessians of its own
+    for block in forward_walk(blocks, ids, hessian=walk.hessian and not matched, keep_float=matched):
         dense = _weights(blocks, block.layer, block.module, formats)
-        if walk.direction == "matched":
+        if matched:
 
             def code(name: str, target: Tensor, found: LayerStatistics) -> QuantizedWeight:
                 return coder(formats[name], target, replace(found, row_curvature=rows.get(name)))

@@ -56,6 +56,8 @@ class Coded:
     """Norms and biases by parameter name, where the method changed them; the codes belong to these."""
     details: dict[str, Any]
     """What the phases said of themselves, for the report."""
+    base: ModelBundle
+    """The float model that the codes are of: the one given, or an equal one with other scales (awq)."""
 
 
 def code_model(
@@ -85,7 +87,7 @@ def code_model(
         tuned = tune_tables(base, weights, calibration, options)
         weights, floats = tuned.weights, floats | tuned.norms
         told["tuned"] = {"first_kl": tuned.first_kl, "last_kl": tuned.last_kl, "steps": tuned.steps}
-    return Coded({layer.name: weights[layer.name] for layer in plan.layers}, floats, told)
+    return Coded({layer.name: weights[layer.name] for layer in plan.layers}, floats, told, base)
 
 
 def _trained(

@@ -18,7 +18,7 @@ from dwindle.errors import RecipeError
 from dwindle.model_source import find_folder
 from dwindle.quantize.bit_plan import BitPlan
 from dwindle.quantize.layer_plan import ModelShapes, plan_layers
-from dwindle.quantize.methods import layer_coder, layerwise_method, require_calibration, walk_of
+from dwindle.quantize.methods import layer_coder, layerwise_method, require_calibration, require_effect, walk_of
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.planning import ModelToPlan
 from dwindle.quantize.planning import plan as make_plan
@@ -57,6 +57,7 @@ def run_folder(
         calibration.require("calibration")
     method = options.method_used(calibration is not None)
     require_calibration(options, method, calibration is not None)
+    require_effect(options, method)
     _require_layerwise(options)
     basic = layerwise_method(options, method)
     with StepClock() as clock:

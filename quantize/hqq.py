@@ -62,12 +62,12 @@ def hqq(weight: Tensor, bits: int, group_size: int, symmetric: bool = True, *, b
     grid = IntegerGrid(bits, symmetric, balanced)
     dense = weight.detach().to(torch.float32)
     searched = round_to_nearest(dense, bits, group_size, symmetric, balanced=balanced)
-    rows = max(1, _CHUNK_WEIGHTS // inputs)
+    rows, near = max(1, _CHUNK_WEIGHTS // inputs), searched.dequantize().to(dense.device)
     parts = []
     for first in range(0, outputs, rows):
         chunk = slice(first, first + rows)
         groups = dense[chunk].reshape(-1, group_size)
-        plain = searched.dequantize()[chunk].to(groups.device).reshape(groups.shape)
+        plain = near[chunk].reshape(groups.shape)
         squared = (plain - groups).square().sum(1, keepdim=True)
         search = _Search(groups, grid, norm, squared * _SLACK)
         scale, zero = search.scale, search.zero

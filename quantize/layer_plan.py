@@ -159,6 +159,8 @@ def plan_layers(model: ModelBundle | ModelShapes, options: QuantizeOptions) -> L
     kept = _kept_float(anatomy, options.keep_float)
     linears = set(anatomy.linear_names())
     shapes = {name: known.shapes[name] for name in _coded_names(anatomy) if name not in kept}
+    if not linears & set(shapes):
+        raise RecipeError("quantize: keep_float keeps every linear float, so there is nothing to plan. Shorten it.")
     groups, notes = _groups({name: shape for name, shape in shapes.items() if name in linears}, options)
     layers = tuple(
         LayerFormat(name, options.scheme, options.bits, groups[name], options.symmetric, options.row_scales)
@@ -214,8 +216,8 @@ def require_storable(tensors: Iterable[tuple[str, Tensor]], coded: Collection[st
 
 
 def _coded_names(anatomy: Anatomy) -> list[str]:
-    require_dense(anatomy, "quantize")
     """Return the modules that get codes: all linears, the embedding, and the head if it has a weight of its own."""
+    require_dense(anatomy, "quantize")
     return [*anatomy.linear_names(), anatomy.embedding, *([] if anatomy.tied else [anatomy.head])]
 
 

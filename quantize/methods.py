@@ -32,7 +32,8 @@ from dwindle.quantize.options import DATA_FREE, QuantizeOptions
 from dwindle.quantize.palettize import palettize
 from dwindle.weights import QuantizedWeight
 
-__all__ = ["Coder", "Walk", "importance_of", "layer_coder", "layerwise_method", "require_calibration", "walk_of"]
+__all__ = ["Coder", "Walk", "importance_of", "layer_coder", "layerwise_method", "require_calibration",
+           "require_effect", "walk_of"]  # fmt: skip
 
 BALANCED_BITS = 2
 """Symmetric integers of so many bits are the balanced set {-1.5, -0.5, 0.5, 1.5}."""
@@ -100,6 +101,30 @@ def require_calibration(options: QuantizeOptions, method: str, calibrated: bool)
             f"quantize: {' and '.join(needs)} needs a calibration text. Give one (-d TEXT, data.calibration), or "
             f"choose a method that needs none: {', '.join(DATA_FREE)}."
         )
+
+
+def require_effect(options: QuantizeOptions, method: str) -> None:
+    """Raise RecipeError naming every option that was set and that the method does not look at.
+
+    >>> require_effect(QuantizeOptions(importance="fisher"), "lnq")
+    Traceback (most recent call last):
+    ...
+    dwindle.errors.RecipeError: quantize: importance=fisher is of method=kmeans, and the method is lnq. Leave it out, \
+or name another method.
+    """
+    of = {
+        "importance": (options.importance is not None, ("kmeans",)),
+        "guided": (options.guided, ("lnq", "gptq", "awq", "learned", "qat")),
+        "scope": (options.scope != QuantizeOptions.scope, ("learned",)),
+        "own_windows": (options.own_windows is not None, ("learned",)),
+        "tokens": (options.tokens is not None, ("qat",)),
+        "learning_rate": (options.learning_rate is not None and not options.tune_steps, ("learned", "qat")),
+    }
+    idle = [f"{name}={getattr(options, name)} is of method={' or '.join(methods)}"
+            for name, (given, methods) in of.items() if given and method not in methods]  # fmt: skip
+    if idle:
+        raise RecipeError(f"quantize: {'; '.join(idle)}, and the method is {method}. Leave it out, or name another "
+                          "method.")  # fmt: skip
 
 
 def layer_coder(options: QuantizeOptions, method: str) -> Coder:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dwindle.decoder_blocks import DecoderBlocks, InMemoryBlocks
-from dwindle.errors import RecipeError
 from dwindle.quantize.allocation import Choice, Target, reachable_bits
 from dwindle.quantize.bit_plan import BitPlan, rest_of
 from dwindle.quantize.bit_search import allocated_formats, search_plan
@@ -106,8 +105,6 @@ class _Planning:
         self.model, self.base, self.options, self.rest = model, base, options, rest
         self.shapes = model.known.shapes
         planned = [name for name in model.linears if name in base.formats]
-        if not planned:
-            raise RecipeError("quantize: keep_float keeps every linear float, and a target needs some. Shorten it.")
         self.weights = sum(math.prod(self.shapes[name]) for name in planned)
         self.target = Target(self.weights, options.target_bits_per_weight, options.target_bytes, rest[0])
         self.bits = options.allowed_bits or self._near_bits(carried_bits(options))

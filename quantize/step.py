@@ -17,7 +17,7 @@ from dwindle.quantize.bit_plan import BitPlan
 from dwindle.quantize.coding import Coded, code_model
 from dwindle.quantize.layer_plan import LayerFormat, LayerPlan, plan_layers
 from dwindle.quantize.layer_record import layer_record, squares
-from dwindle.quantize.methods import require_calibration
+from dwindle.quantize.methods import require_calibration, require_effect
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.planning import plan as make_plan
 from dwindle.report import StepRecord
@@ -47,13 +47,15 @@ def run(
 
     `plan` is applied as it is; without one it is made (`planning`). `train` is the text of method=qat (the
     calibration text if None), whose log and checkpoints go to `folder`. `details["layers"]` has per module: name, kind,
-    bits, group_size, bytes, bits_per_weight and relative_mse = |W - W'|^2 / |W|^2; `details["plan"]` is the plan as
-    JSON. Raises RecipeError, before any work, for a quantized bundle, for layers that the format does not fit, and for
-    a method without its text.
+    bits, group_size, bytes, bits_per_weight and relative_mse = |W - W'|^2 / |W|^2 (awq: W as it scaled it);
+    `details["plan"]` is the plan as JSON. Raises RecipeError, before any work, for a quantized bundle, for layers that
+    the format does not fit, for a method without its text, and for options that the method does not look at.
     """
     if calibration is not None:
         calibration.require("calibration")
-    require_calibration(options, options.method_used(calibration is not None), calibration is not None)
+    method = options.method_used(calibration is not None)
+    require_calibration(options, method, calibration is not None)
+    require_effect(options, method)
     with StepClock() as clock:
         base = plan_layers(bundle, options)
         chosen = make_plan(bundle, options, calibration) if plan is None else plan
@@ -61,7 +63,7 @@ def run(
         for note in formats.notes:
             _log.info("quantize: %s", note)
         coded = code_model(bundle, formats, options, calibration, train, folder)
-        layers = [_recorded(bundle, layer, coded.weights[layer.name]) for layer in formats.layers]
+        layers = [_recorded(coded.base, layer, coded.weights[layer.name]) for layer in formats.layers]
         read = (calibration, train if options.method == "qat" else None)
         inputs = {str(s.role): s.sha256 for s in read if s is not None}
         model = _packed_model(bundle.model, coded, formats)

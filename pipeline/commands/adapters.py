@@ -88,7 +88,7 @@ def recover(teacher: str, model: str, data: tuple[str, ...], output: str, text: 
 
 @click.group()
 def adapters() -> None:
-    """List, show and compare adapter folders, merge one into its base, package one for an exported base."""
+    """List, show and compare adapter folders, merge one into its base, package one, make traces to train on."""
 
 
 @adapters.command("list")

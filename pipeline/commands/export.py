@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dwindle.errors import GateFailed, RecipeError
+from dwindle.errors import DataError, GateFailed, RecipeError
 from dwindle.pipeline.commands.shared import (
     data_option,
     emit,
@@ -96,7 +96,12 @@ def _encoder(folder: Path, output: str, data: str | None, values: dict[str, Any]
     if tuple(formats) != ("onnx",):
         raise RecipeError(f"--format {', '.join(formats)}: {folder} is no decoder; such models are exported to onnx.")
     if data is not None:
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{data}: no text can be read from it ({error}). Name a file of one text a line."
+            ) from error
         values["texts"] = tuple(line for line in lines if line.strip())[:16]
     notify(f"tracing {folder}")
     return export_encoder(folder, Path(output), made_options(EncoderOptions, values, "export"))

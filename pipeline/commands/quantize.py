@@ -14,7 +14,6 @@ from dwindle.errors import RecipeError
 from dwindle.pipeline.commands.shared import (
     data_option,
     device_option,
-    emit,
     json_option,
     load,
     made_options,
@@ -25,7 +24,7 @@ from dwindle.pipeline.commands.shared import (
     save,
     seed_option,
     split_settings,
-    step_line,
+    tell_written,
 )
 
 __all__ = ["quantize"]
@@ -97,7 +96,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
         if _shown(plan, dry_run):
             return
         record = room.run_folder(model, output, options, calibration, plan=plan, device=torch_device)
-        emit(record.to_json(), f"{step_line(record)}\nWritten: {output}", as_json)
+        tell_written(record, output, as_json)
         return
     bundle = load(model, torch_device)
     plan = _plan(plan_file, source, options) or room.plan(bundle, options, calibration)

@@ -13,7 +13,7 @@ import torch
 
 from dwindle.adapters import Adapter, AdaptOptions, RecoverOptions, TaskOptions, adapt, read_task, recover
 from dwindle.adapters.adapt_options import AdaptStepOptions
-from dwindle.errors import RecipeError
+from dwindle.errors import OutputError, RecipeError
 from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
 from dwindle.token_set import TokenSet
@@ -173,3 +173,37 @@ def test_a_step_has_tasks_of_different_names() -> None:
     with pytest.raises(RecipeError, match="tasks of one name: a"):
         AdaptStepOptions(tasks=(task, task))
     assert AdaptStepOptions(tasks=(task,), rank=8).each == AdaptOptions(rank=8)
+
+
+def test_the_card_tells_the_shape_that_was_taken_over(base: Any, sounds: Any) -> None:
+    start, _ = adapt(base, replace(OPTIONS, steps=1), records=sounds)
+    again, _ = adapt(base, replace(OPTIONS, steps=1, rank=16), records=sounds, start=start)
+    assert {key: again.card.options[key] for key in ("rank", "alpha", "kind")} == {
+        "rank": 4,
+        "alpha": 8,
+        "kind": "lora",
+    }
+
+
+def test_other_held_out_records_are_another_run(base: Any, sounds: Any, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=2, held_out_records=8)
+    adapt(base, options, records=sounds, folder=tmp_path / "run")
+    with pytest.raises(RecipeError, match="another run"):
+        adapt(base, replace(options, held_out_records=2), records=sounds, folder=tmp_path / "run")
+
+
+def test_a_place_in_other_use_is_left_alone_and_equal_adapters_have_equal_files(
+    base: Any, sounds: Any, tmp_path: Path
+) -> None:
+    made, _ = adapt(base, replace(OPTIONS, steps=1), records=sounds)
+    made.save(tmp_path / "a")
+    made.save(tmp_path / "a")
+    targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(base.anatomy.linear_names())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds something else than an adapter \(thesis\.txt\)"):
+        made.save(tmp_path / "b")
+    with pytest.raises(OutputError, match="is a file"):
+        made.save(tmp_path / "b" / "thesis.txt")
+    assert (tmp_path / "b" / "thesis.txt").read_text() == "years of work"

@@ -55,3 +55,6 @@ def test_folders_without_adapters_and_damaged_ones_are_refused(tmp_path: Path) -
     (tmp_path / "one" / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match="cannot be read"):
         described(tmp_path / "one")
+    (tmp_path / "one" / "adapter_config.json").write_text("[]")
+    with pytest.raises(UnsupportedModel, match="cannot be read"):
+        described(tmp_path / "one")

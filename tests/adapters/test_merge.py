@@ -40,7 +40,8 @@ def peft_adapter(bundle: Any, folder: Path, **options: Any) -> torch.Tensor:
 IDS = torch.arange(5, 25)[None]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 3}}])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 3}},
+                                     {"alpha_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 30}}])  # fmt: skip
 def test_merged_logits_equal_base_plus_adapter(
     tiny_bundle: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -125,7 +126,9 @@ def test_a_card_that_names_another_base_is_refused(tiny_bundle: Callable[..., An
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"peft_type": "LOHA"}, "peft_type='LOHA'"), ({"bias": "all"}, "bias='all'"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-     ({"modules_to_save": ["lm_head"]}, "modules_to_save")],
+     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+     ({"init_lora_weights": "pissa_niter_4"}, "changes the base as well"),
+     ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\]")],
 )  # fmt: skip
 def test_other_kinds_are_refused(
     tiny_bundle: Callable[..., Any], tmp_path: Path, change: dict[str, Any], told: str
@@ -171,3 +174,19 @@ def test_of_several_patterns_the_first_counts_as_in_peft() -> None:
     patterns, name = {"q_proj": 3, "layers.0.self_attn.q_proj": 8}, "model.layers.0.self_attn.q_proj"
     assert _scale({"lora_alpha": 1, "alpha_pattern": patterns}, name, rank=4) == 3 / 4
     assert patterns[get_pattern_key(list(patterns), name)] == 3
+
+
+def test_a_change_of_a_tied_head_is_refused_since_it_would_change_the_embedding(
+    tiny_bundle: Callable[..., Any], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    peft_adapter(tiny_bundle("llama"), tmp_path)
+    head = "base_model.model.lm_head.lora_"
+    save_file({f"{head}A.weight": torch.ones(4, 32), f"{head}B.weight": torch.ones(272, 4)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(UnsupportedModel, match=r"it changes lm_head, whose weight is the embedding's"):
+        merge(tiny_bundle("llama"), tmp_path)
+    untied = tiny_bundle("llama", tie_word_embeddings=False)
+    merged, _ = merge(untied, tmp_path)
+    assert not torch.equal(merged.model.lm_head.weight, untied.model.lm_head.weight)

@@ -133,6 +133,7 @@ def test_greedy_answers_equal_one_by_one_decoding(tiny_bundle: Factory) -> None:
     from dwindle.continuation import continued
 
     bundle = tiny_bundle()
+    bundle.model.generation_config.repetition_penalty = 3.0
     examples = encoded(bundle, TASK, *SOME)
     encoder = Encoder(bundle.tokenizer, TASK)
     for example, answer in zip(examples, greedy_answers(bundle, encoder, examples), strict=True):
@@ -171,6 +172,7 @@ def test_answers_are_compared_by_pattern_where_there_is_one() -> None:
     task = TaskOptions("sums", ("a.jsonl",), answer=r"#### (\S+)")
     assert same_answer("7 and 5 is 12 #### 12", "12.\n#### 12", task)
     assert not same_answer("it is 12", "#### 12", task)
+    assert not same_answer("12", "x12", TaskOptions("sums", ("a.jsonl",), answer=r"(x)?12"))
     assert same_answer("Because it RAINED.\nmore", "because it rained", TASK)
     assert not same_answer("because it rained\nmore", "because\nit rained", TASK)
 

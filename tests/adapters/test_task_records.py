@@ -46,10 +46,12 @@ def test_jsonl_json_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_pa
 def test_class_labels_of_data_sets_come_back_as_names(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "mood": datasets.ClassLabel(names=["sad", "glad"])})
-    rows = {"text": [f"text {n}" for n in range(10)], "mood": [n % 2 for n in range(10)]}
+    rows = {"text": [f"text {n}" for n in range(11)], "mood": [*(n % 2 for n in range(10)), -1]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    found = read_task(TaskOptions("mood", (str(tmp_path / "saved"),), prompt="text", label="mood"))
+    options = TaskOptions("mood", (str(tmp_path / "saved"),), prompt="text", label="mood", bad_records="drop")
+    found = read_task(options)
     assert found.labels == ("glad", "sad")
+    assert "empty label" in found.skipped[0].why + found.skipped[0].what
 
 
 def test_templates_join_columns_and_prompts_stay_on_one_side(tmp_path: Path) -> None:
@@ -78,6 +80,10 @@ def test_traces_are_records_of_their_own(tmp_path: Path) -> None:
     assert len(traces) == len([r for r in found.train if not r.is_trace])
     assert traces[0].prompt.endswith(" Think.")
     assert traces[0].completion.startswith("Try 1.")
+    held = {r.prompt for r in found.held_out if not r.is_trace}
+    assert held == {r.prompt.removesuffix(" Think.") for r in found.held_out if r.is_trace}
+    apart = read_task(replace(options, held_out=(jsonl(tmp_path / "b.jsonl", rows[:5]),)))
+    assert {r.asked for r in apart.train if r.is_trace} == {row["prompt"] for row in rows[5:]}
 
 
 def test_a_checker_leaves_out_traces_that_do_not_arrive(tmp_path: Path) -> None:
@@ -90,6 +96,34 @@ def test_a_checker_leaves_out_traces_that_do_not_arrive(tmp_path: Path) -> None:
     assert "a.jsonl:1 (" in found.skipped[0].why
     with pytest.raises(RecipeError, match=r"checker 'contans' is unknown \(did you mean 'contains'\?\)"):
         read_task(replace(options, checker="contans"))
+
+
+def test_a_checker_holds_every_file_to_its_own_answers(tmp_path: Path) -> None:
+    places = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name} {n}", "completion": f"{name}{n}"} for n in range(10)]
+        places.append(jsonl(tmp_path / name / "same.jsonl", rows))
+    found = read_task(TaskOptions("sum", tuple(places), checker="exact"))
+    assert len(found.train) + len(found.held_out) == 20
+
+
+def test_columns_named_by_numbers_are_filled_in(tmp_path: Path) -> None:
+    place = jsonl(tmp_path / "a.jsonl", [{"0": f"q{n}", "1": "{a}"} for n in range(4)])
+    found = read_task(TaskOptions("sum", (place,), prompt="{0}!", completion="{{{1}}}"))
+    assert {(r.prompt[0], r.prompt[2:], r.completion) for r in found.train} == {("q", "!", "{{a}}")}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "saved"])
+def test_an_entry_that_a_place_cannot_have_is_refused(tmp_path: Path, name: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="Leave '::test' out"):
+        read_task(TaskOptions("sum", (f"{tmp_path / name}::test",)))
+    with pytest.raises(DataError, match="no entry or split is named"):
+        read_task(TaskOptions("sum", (f"{tmp_path / name}::",)))
 
 
 def test_every_bad_record_is_told_by_kind(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from dwindle.adapters.task_options import TaskOptions
 from dwindle.adapters.task_records import Record
@@ -30,6 +31,18 @@ def test_a_trace_is_every_attempt_up_to_the_first_right_one(tiny_bundle: Callabl
         assert not any(c in "aeiou" for attempt in attempts[:-1] for c in attempt)
         assert row["attempts"] == len(attempts) <= 6
     assert any(row["attempts"] > 1 for row in rows)
+
+
+def test_an_attempt_ends_where_the_chat_template_ends_an_answer(
+    worded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<pad>{% endfor %}" \
+        "{% if add_generation_prompt %}[assistant]{% endif %}"  # fmt: skip
+    bundle = worded("llama", template)
+    said = torch.tensor([bundle.tokenizer("sat<pad>on the mat", add_special_tokens=False).input_ids])
+    monkeypatch.setattr("dwindle.adapters.traces.continued", lambda _, prompt, *__: torch.cat([prompt, said], dim=1))
+    found = list(solved(bundle, [Record("the cat", "sat", "a:1")], TASK, TraceOptions(checker="exact", samples=1)))
+    assert [row and row["completion"] for row in found] == ["sat"]
 
 
 def test_records_without_a_right_attempt_give_nothing(tiny_bundle: Callable[..., Any]) -> None:

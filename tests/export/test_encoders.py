@@ -252,6 +252,30 @@ def test_a_wrong_model_misses_the_gate(
         export.require_parity([artifact])
 
 
+def test_a_score_is_held_to_the_scores_of_the_other_texts() -> None:
+    from dwindle.export.encoder_parity import LIMITS, EncoderSession, encoder_parity
+    from dwindle.export.encoder_source import Task
+
+    task = Task("text-classification", "AutoModelForSequenceClassification", ("logits",), False)
+    texts = [{"input_ids": [n]} for n in range(3)]
+    scores = torch.tensor([[0.5], [2.0], [-1.0]])
+
+    class Session(EncoderSession):
+        def __init__(self, found: Any) -> None:
+            self.found, self.executed_by = found, "a test"
+
+        def run(self, batch: Any, pad: int, task: Any) -> Any:
+            return [{"logits": self.found[text["input_ids"][0]]} for text in batch]
+
+    def parity(found: Any) -> Any:
+        return encoder_parity(lambda input_ids: {"logits": scores[input_ids[0]]}, Session(found), texts, task,
+                              pooling=("mean",), pad=0, limits=LIMITS[8]).common  # fmt: skip
+
+    assert parity(scores + 1e-3).passed
+    assert not parity(-scores).passed
+    assert parity(-scores).kl_nats_per_token > 1
+
+
 @pytest.mark.usefixtures("_optimum")
 def test_what_optimum_fails_on_is_told(
     encoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

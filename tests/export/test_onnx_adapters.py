@@ -153,6 +153,27 @@ def test_an_adapter_is_added_to_a_shipped_base_that_stays_as_it_is(
             export.package_adapter(folder, [tmp_path / "onnx"], tmp_path / "late")
 
 
+def test_packaging_for_another_format_keeps_what_the_package_held(
+    tiny_bundle: Factory, write_adapter: Factory, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    bundle = tiny_bundle()
+    first, second = (write_adapter(bundle, tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2)))
+    export.run(bundle, replace(ONNX, adapter_inputs="lora"), tmp_path)
+    place = tmp_path / "late"
+    export.package_adapter(first, [tmp_path / "onnx"], place)
+    package = json.loads((place / "package.json").read_text())
+    (place / "adapter_inputs.safetensors").write_bytes(b"of Core AI")
+    package["runtimes"]["coreai"] = {"file": "adapter_inputs.safetensors", "bytes": 10, "sha256": "0" * 64}
+    (place / "package.json").write_text(json.dumps(package))
+    again = export.package_adapter(first, [tmp_path / "onnx"], place)
+    assert sorted(again["runtimes"]) == ["coreai", "onnx"]
+    assert (place / "adapter_inputs.safetensors").read_bytes() == b"of Core AI"
+    assert sorted(export.package_adapter(second, [tmp_path / "onnx"], place)["runtimes"]) == ["onnx"]
+    assert not (place / "adapter_inputs.safetensors").exists()
+
+
 def test_what_cannot_be_packaged_is_refused(tiny_bundle: Factory, write_adapter: Factory, tmp_path: Path) -> None:
     from dataclasses import replace
 

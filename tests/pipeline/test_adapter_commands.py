@@ -51,7 +51,7 @@ def test_recover_writes_an_adapter_that_the_catalogue_shows(line: Path) -> None:
 
 
 def test_nonsense_is_refused(line: Path) -> None:
-    from dwindle.errors import OutputError, RecipeError
+    from dwindle.errors import DataError, OutputError, RecipeError
 
     words = ["recover", "-t", line / "teacher", "-d", line / "train.txt", "-o", line / "a"]
     with pytest.raises(RecipeError, match="the model is not quantized"):
@@ -62,6 +62,8 @@ def test_nonsense_is_refused(line: Path) -> None:
         dwindle(*words, "-m", line / "packed", "--rank", "many")
     with pytest.raises(OutputError, match=r"packed holds something else than an adapter"):
         dwindle("recover", "-t", line / "no", "-m", line / "no", "-d", line / "train.txt", "-o", line / "packed")
+    with pytest.raises(DataError, match="documents stand in two roles"):
+        dwindle(*words, "-m", line / "packed", "--text", line / "train.txt")
     assert not (line / "a").exists()
 
 
@@ -96,6 +98,19 @@ def test_adapt_trains_from_a_recovery_adapter_and_says_what_the_base_lost(line: 
     listed = json.loads(dwindle("adapters", "list", line / "all", "--json").stdout)["adapters"]
     assert [one["task"] for one in listed] == ["polite", "recovery", "sounds"]
     assert "0.01" not in str(listed[0]["options"]["learning_rate"])
+
+
+@pytest.mark.parametrize(("flags", "key"), [
+    (["--set", "task.chosen=answer", "--set", "task.rejected=worse"], "dpo_learning_rate"),
+    (["--chosen", "answer", "--rejected", "worse"], "dpo_learning_rate"),
+    (["--chosen", "answer", "--rejected", "worse", "--objective", "sft"], "learning_rate"),
+    (["--completion", "answer"], "learning_rate"),
+])  # fmt: skip
+def test_the_learning_rate_is_that_of_the_objective(line: Path, flags: list[str], key: str) -> None:
+    done = dwindle("adapt", "-m", line / "packed", "-d", records(line), "-o", line / "one", "--prompt", "question",
+                   "--rank", 2, "--learning-rate", "0.00123", "--set", "steps=1", *flags)  # fmt: skip
+    assert done.exit_code == 0
+    assert json.loads((line / "one" / "adapter_card.json").read_text())["options"][key] == 0.00123
 
 
 def test_adapt_refuses_nonsense(line: Path) -> None:

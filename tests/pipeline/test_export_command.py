@@ -62,6 +62,16 @@ def test_an_encoder_goes_through_optimum(capsys: pytest.CaptureFixture[str], tmp
     assert "this is an encoder" in err
 
 
+def test_a_text_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dwindle.export.encoder_source.is_decoder", lambda _: False)
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = invoke(capsys, "export", "-m", tmp_path, "-o", tmp_path, "--format", "onnx", "-d", tmp_path / "none")
+    assert code == 2
+    assert "no text can be read from it" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

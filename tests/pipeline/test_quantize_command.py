@@ -129,6 +129,24 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_in_other_use_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], words: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    code, _, err = invoke(capsys, *words)
+    assert (code, "holds something else than a model (thesis.txt)" in err, "loading" in err) == (2, True, False)
+
+
+def test_what_stays_float_is_said_block_by_block_too(
+    capsys: pytest.CaptureFixture[str], words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dwindle.weight_source.STREAMED_PARAMETERS", 0)
+    code, out, err = invoke(capsys, *words, "--keep-float", "*.o_proj")
+    assert code == 0, err
+    assert "Not done: quantize model.layers.0.self_attn.o_proj: kept in" in out
+
+
 def test_weights_that_are_no_numbers_are_named(
     capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,8 +67,9 @@ def test_allowed_bits_are_kept(bundle: ModelBundle) -> None:
 
 
 def test_nothing_left_to_plan_is_refused(bundle: ModelBundle) -> None:
-    with pytest.raises(RecipeError, match="keeps every linear float"):
-        plan(bundle, QuantizeOptions(target_bits_per_weight=3.5, keep_float=("model.layers.*",)))
+    for target in (3.5, None):
+        with pytest.raises(RecipeError, match="keeps every linear float"):
+            plan(bundle, QuantizeOptions(target_bits_per_weight=target, keep_float=("model.layers.*",)))
 
 
 def test_large_models_are_planned_by_second_order(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,29 @@ def test_weights_beyond_fp16_are_named(tiny_bundle: Factory) -> None:
         run(bundle, QuantizeOptions())
 
 
+def test_the_record_of_awq_holds_codes_to_the_weights_that_it_scaled(tiny_bundle: Factory) -> None:
+    ids = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
+    tokens = TokenSet(ids, "calibration", "x", "0" * 64, 8, "0")
+    _, record = run(tiny_bundle("llama"), QuantizeOptions(scheme="integer", bits=8, method="awq"), tokens)
+    assert record.details["equalized"]
+    assert max(layer["relative_mse"] for layer in record.details["layers"]) < 1e-3
+
+
+@pytest.mark.parametrize(("values", "told"), [
+    ({"importance": "magnitude", "method": "lnq"}, "importance=magnitude is of method=kmeans, and the method is lnq"),
+    ({"guided": True, "scope": "block"}, "one of the two"),
+    ({"guided": True}, "guided=True is of method=lnq or gptq"),
+    ({"scope": "block", "own_windows": 3}, "scope=block is of method=learned; own_windows=3"),
+    ({"tokens": 100, "learning_rate": 1e-3}, "tokens=100 is of method=qat; learning_rate=0.001"),
+])  # fmt: skip
+def test_options_that_the_method_does_not_look_at_are_refused(
+    tiny_bundle: Factory, values: dict[str, Any], told: str
+) -> None:
+    tokens = TokenSet(torch.zeros(4, 32, dtype=torch.int64), "calibration", "x", "0" * 64, 8, "0")
+    with pytest.raises(RecipeError, match=told):
+        run(tiny_bundle("llama"), QuantizeOptions(**values), tokens if values.get("method") else None)
+
+
 def test_calibration_data_must_be_calibration_data(tiny_bundle: Factory) -> None:
     tokens = TokenSet(torch.zeros(1, 8, dtype=torch.int64), "evaluation", "x", "0", 8, "0")
     with pytest.raises(DataError, match="role"):
