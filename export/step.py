@@ -38,6 +38,7 @@ from dwindle.export.options import ExportOptions
 from dwindle.export.package_readme import write_readme
 from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts
 from dwindle.report import Artifact, Parity
+from dwindle.resources import require_memory
 from dwindle.storage import atomic_folder, folder_bytes, hash_folder, require_space
 from dwindle.token_set import TokenSet
 
@@ -81,7 +82,10 @@ def run(
     _require_carried(bundle, options, carried)
     for name in options.formats:
         require_artifact_place(output / name, name)
-    require_space(output, 2 * bundle.size().bytes * len(options.formats))
+    size = bundle.size().bytes
+    require_space(output, 2 * size * len(options.formats))
+    parts = {"the artifact": size, "the runtime that executes it": size}
+    require_memory(f"export: {', '.join(options.formats)}", parts, "Quantize to fewer bits, or take more memory.")
     return [_export(name, bundle, options, output / name, texts, carried) for name in options.formats]
 
 

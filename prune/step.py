@@ -18,6 +18,7 @@ from dwindle.prune.surgery import apply
 from dwindle.prune.vocabulary_counts import Corpora
 from dwindle.prune.vocabulary_surgery import with_plan_tokens
 from dwindle.report import Skipped, StepRecord
+from dwindle.resources import require_memory
 from dwindle.storage import hash_json
 from dwindle.token_set import TokenSet
 from dwindle.train_log import TrainLine
@@ -90,6 +91,11 @@ def _cut(
     """
     from dwindle.prune.compensation import refitted_readers
 
+    if bundle.model.device.type == "cpu":
+        size = chosen.parameters_after * next(bundle.model.parameters()).element_size()
+        parts = {"the smaller model beside the whole": size}
+        require_memory(f"prune: {chosen.parameters_after:,} parameters stay", parts, "Cut more, give the model as a "
+                       "folder, which is cut layer by layer, or take more memory.")  # fmt: skip
     axes, refits, skipped = prepared(bundle, options, chosen, calibration, trained)
     readers: dict[str, Tensor] = {}
     if refits and calibration is not None:

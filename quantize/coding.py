@@ -26,11 +26,12 @@ from dwindle.quantize.calibration import forward_walk
 from dwindle.quantize.coded_walk import coded_walk
 from dwindle.quantize.layer_plan import LayerPlan
 from dwindle.quantize.learned import Descent, learn_jointly
-from dwindle.quantize.methods import layer_coder, layerwise_method, walk_of
+from dwindle.quantize.methods import Walk, layer_coder, layerwise_method, walk_of
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.own_text import own_text
 from dwindle.quantize.qat import quantization_aware_training
 from dwindle.quantize.tune import tune_tables
+from dwindle.resources import require_memory
 from dwindle.token_set import TokenSet
 from dwindle.weights import QuantizedWeight
 
@@ -70,6 +71,8 @@ def code_model(
 ) -> Coded:
     """Return the codes of every layer of the plan. `folder` is where qat logs and checkpoints."""
     method = options.method_used(calibration is not None)
+    walk = walk_of(options, layerwise_method(options, method), calibration is not None)
+    _require_memory(bundle, plan, walk, calibration)
     told: dict[str, Any] = {"method": method}
     base = bundle
     if method == "awq":
@@ -88,6 +91,19 @@ def code_model(
         weights, floats = tuned.weights, floats | tuned.norms
         told["tuned"] = {"first_kl": tuned.first_kl, "last_kl": tuned.last_kl, "steps": tuned.steps}
     return Coded({layer.name: weights[layer.name] for layer in plan.layers}, floats, told, base)
+
+
+def _require_memory(bundle: ModelBundle, plan: LayerPlan, walk: Walk, calibration: TokenSet | None) -> None:
+    """Raise DoesNotFit if what every method holds at once has no room: a byte a code, and what its walk carries."""
+    if bundle.model.device.type != "cpu":
+        return
+    shapes = {name: bundle.model.get_submodule(name).weight.shape for name in plan.formats}
+    parts = {"codes": sum(shape.numel() for shape in shapes.values())}
+    if walk.direction != "none" and calibration is not None:
+        parts["hidden states of the calibration windows"] = 2 * 4 * calibration.ids.numel() * bundle.anatomy.width
+        parts["the widest second moments"] = 4 * max((shape[-1] ** 2 for shape in shapes.values()), default=0)
+    require_memory(f"quantize: {len(shapes)} layers", parts, "Take fewer windows (data.calibration_windows), give the "
+                   "model as a folder, which is coded block by block, or take more memory.")  # fmt: skip
 
 
 def _trained(

@@ -35,12 +35,15 @@ from dwindle.data.curation.token_counts import TokenCounts
 from dwindle.data.document import Document
 from dwindle.data.sources import Source, check_sources
 from dwindle.errors import DataError
-from dwindle.storage import atomic_folder, require_place, write_json, write_text
+from dwindle.storage import atomic_folder, folder_bytes, require_place, require_space, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["build_corpus"]
+
+_TEXTS_ON_DISK = 3
+"""How often the text stands on the disk while a corpus is built; sources that are compressed need more."""
 
 
 def build_corpus(
@@ -54,10 +57,13 @@ def build_corpus(
     """Write the corpus to `output` and return its card; `tokenizer` is the student's, for counts of tokens.
 
     Raises DataError for text that cannot be used and for a corpus of which nothing is left, OutputError for a
-    place that holds something else than a corpus.
+    place that holds something else than a corpus or has no room for one.
     """
     require_place(output, MANIFEST, "a corpus")
-    check_sources([Source.parse(one.place, one.text).place for one in options.sources], "text")
+    places = [Source.parse(one.place, one.text).place for one in options.sources]
+    check_sources(places, "text")
+    here = [Path(place) for place in places if Path(place).exists()]
+    require_space(output, _TEXTS_ON_DISK * sum(map(folder_bytes, here)))
     readings = [SourceReading(one) for one in options.sources]
     with atomic_folder(output) as folder:
         scratch = folder / "scratch"
