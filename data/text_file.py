@@ -63,7 +63,8 @@ def _markers(text: str) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of the lines that hold the marker alone."""
     at = text.find(_MARKER)
     while at >= 0:
-        begin = max(text.rfind("\n", 0, at) + 1, at - _LONGEST_MARKER)
+        nearest = max(0, at - _LONGEST_MARKER)
+        begin = max(text.rfind("\n", nearest, at) + 1, nearest)
         ends = _LINE_ENDS.match(text, at + len(_MARKER))
         if ends is not None and not text[begin:at].strip(" \t"):
             yield begin, ends.end()

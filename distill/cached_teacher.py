@@ -93,9 +93,14 @@ def teacher_is_needed(options: CacheOptions, tokens: TokenSet, teacher: str | No
     """
     if not is_whole(options.folder, tokens):
         if teacher is None:
+            known = ""
+            if CacheManifest.read(Path(options.folder)) is not None:
+                cache = LogitCache.open(options.folder)
+                missing = int((~cache.holds(window_hashes(tokens.ids[:, :-1]))).sum())
+                known = f" {cache.missing_message(missing, len(tokens.ids), tokens.source)}"
             raise DataError(
                 f"distill: the logit cache {options.folder} lacks windows of {tokens.source}, and no teacher is given "
-                "to write them. Add -t TEACHER."
+                f"to write them. Add -t TEACHER.{known}"
             )
         return True
     if teacher is None:

@@ -54,7 +54,7 @@ _KEYS = {
         for kind in ("sk", "pk", "rk")
         for mode in ("live", "test")
     },
-    "sk-": re.compile(r"(?=[a-z-]*[A-Z0-9])(?:ant-|proj-|svcacct-)?[\w-]{20,255}"),
+    "sk-": re.compile(r"(?=[a-z-]{0,255}[A-Z0-9])(?:ant-|proj-|svcacct-)?[\w-]{20,255}"),
     "hf_": re.compile(r"[A-Za-z0-9]{30,255}"),
     "pypi-": re.compile(r"[\w-]{50,500}"),
     "SG.": re.compile(r"[\w-]{22}\.[\w-]{43}"),

@@ -71,6 +71,8 @@ def _paired(first: str, second: str) -> Callable[[str], Written | None]:
     form = re.compile(rf"(?:\A|\n){mark}{first}{mark}\s*(\S.*?)\s*\n{mark}{second}{mark}\s*(\S.*)\Z", re.DOTALL)
 
     def read(said: str) -> Written | None:
+        if second not in said:  # looked for at every first word, for as long as the text is
+            return None
         found = form.search(said) or form.search(f"{first}: {said}")  # the cue may have said the first word
         if found is None or re.search(rf"\n{mark}(?:{first}|{second}){mark}", found[2]):
             return None

@@ -49,10 +49,12 @@ def build(recipe: str, output: str, model: str | None, settings: tuple[str, ...]
         return
     tokenizer = None
     if model is not None:
-        from dwindle.bundle import ModelBundle
+        from dwindle.model_source import find_folder, load_config
+        from dwindle.tokenizer_files import load_tokenizer
 
         notify(f"loading the tokenizer of {model}")
-        tokenizer = ModelBundle.load(model).tokenizer
+        place = find_folder(model)[0]
+        tokenizer = load_tokenizer(place, trust_remote_code=False, vocab=load_config(place).vocab_size)
     card = build_corpus(options, Path(output), workers=workers, tokenizer=tokenizer, notify=notify)
     emit(card, f"{card_summary(card)}\nWritten: {output}", as_json)
 

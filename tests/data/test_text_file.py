@@ -4,6 +4,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,11 @@ def test_a_long_line_takes_little_memory(tmp_path: Path) -> None:
     size, grown = map(int, done.stdout.split())
     assert size == 64 * 11 * 90_909
     assert grown / (1024 if resource.getpagesize() else 1) < 64, "MiB"
+
+
+def test_markers_that_fill_a_line_cost_no_minutes(tmp_path: Path) -> None:
+    text = "<|endoftext|>" * 100_000
+    (tmp_path / "a.txt").write_text(text)
+    began = time.process_time()
+    assert "".join(document.text for document in text_documents(tmp_path / "a.txt")) == text  # they are no lines
+    assert time.process_time() - began < 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -137,6 +138,16 @@ def run(*words: str) -> int:
     with pytest.raises(SystemExit) as end:
         main(list(words))
     return int(end.value.code or 0)
+
+
+def test_tokens_are_counted_without_the_weights(
+    recipe: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(workshop / "teacher", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ["--set", f"folders.texts={tmp_path}", "-m", str(model), "--json"]
+    assert run("data", "build", str(recipe), "-o", str(tmp_path / "C"), *words) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["train"]["tokens"] > 0
 
 
 def test_build_and_show(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
