@@ -145,9 +145,10 @@ class _Run:
 
         Where memory runs out, the batch is cut into more pieces and the step begins again (`pieces`).
         """
+        windows = self._windows(step)  # once: an order remembers what it gave
         while True:
             try:
-                return self._gradients(step)
+                return self._gradients(step, windows)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -155,15 +156,17 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             self.pieces.shrink(why, self.window_tokens)
 
-    def _gradients(self, step: int) -> tuple[float, dict[str, float]]:
+    def _windows(self, step: int) -> Tensor:
+        """Return the numbers of the windows of a batch."""
+        if self.order is None:
+            return windows_of_step(self.windows, self.options.batch_size, self.options.seed, step)
+        return self.order.windows(self.options.batch_size, step)
+
+    def _gradients(self, step: int, windows: Tensor) -> tuple[float, dict[str, float]]:
         options, rank, world = self.options, self.processes.rank, self.processes.world
         objective = self.objective
         if isinstance(objective, SteppedObjective):
             objective = objective.at(step, self.steps)
-        if self.order is None:
-            windows = windows_of_step(self.windows, options.batch_size, options.seed, step)
-        else:
-            windows = self.order.windows(options.batch_size, step)
         pieces = windows.view(self.pieces.count, world, -1)[:, rank]
         total, parts = 0.0, dict[str, float]()
         for index, piece in enumerate(pieces):

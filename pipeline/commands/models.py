@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None
     sized = byte_limit is not None or values["parameters"] is not None or values["vocabulary_size"] is not None
     if (bool(keep) or sized) == bool(plan_file):
         raise RecipeError("prune: give either --keep ffn=SHARE (or --parameters, --bytes) or --plan FILE.")
+    if plan_file:
+        _refuse_choices(masks, values)
     values.update(_shares(keep), bytes=byte_limit, compensate=False if no_compensate else None)
     values["masks"] = {"seed": seed} | _mask_settings(masks)
     options = made_options(room.PruneOptions, values, "prune")
@@ -116,6 +119,14 @@ def _prune_by_masks(bundle: Any, options: Any, calibration: Any, train: Any, cor
     click.echo(plan_table(room.KeepPlan.from_json(record.details["plan"])), err=True)
     save(pruned, record, output, as_json)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_choices(masks: tuple[str, ...], values: Mapping[str, Any]) -> None:
+    """Raise RecipeError, naming all, for flags by which a plan is made: with --plan they would say nothing."""
+    chosen = {"--method": values["method"], "--masks": masks, "--depth-method": values["depth_method"],
+              "--rotate/--no-rotate": values["rotate"]}  # fmt: skip
+    if said := [flag for flag, value in chosen.items() if value not in (None, ())]:
+        raise RecipeError(f"prune: {', '.join(said)} beside --plan, which says what stays. Leave one of them out.")
 
 
 def _mask_settings(masks: tuple[str, ...]) -> dict[str, Any]:

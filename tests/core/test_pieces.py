@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,35 @@ def test_the_same_update_in_smaller_pieces(error: type[Exception], caplog: pytes
     told = [m for m in caplog.messages if "memory ran out" in m]
     assert "8 windows at a time. The batch of 8 is now cut into 2 pieces of 4" in told[0]
     assert "Set gradient_accumulation: 4" in told[1]
+
+
+class Remembering:
+    """An order that has a state: how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def windows(self, batch_size: int, step: int) -> torch.Tensor:
+        self.asked.append(step)
+        return torch.arange(batch_size)
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def update(self, model: nn.Module, step: int) -> None:
+        raise AssertionError
+
+    def state(self) -> dict[str, int]:
+        return {"asked": len(self.asked)}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        raise AssertionError
+
+
+def test_an_order_is_asked_once_for_a_step() -> None:
+    order = Remembering()
+    train(tiny.TinyModel(), Narrow(2), tiny.tiny_tokens(), OPTIONS, order=order)
+    assert order.asked == [0, 1, 2, 3]
 
 
 def test_what_does_not_fit_at_all_is_told_with_the_numbers() -> None:

@@ -217,6 +217,7 @@ NONSENSE = {
     "unknown scheme": (["quantize", "-m", "{teacher}", "-o", "{out}", "--scheme", "magic"], "magic"),
     "no such bits": (["quantize", "-m", "{teacher}", "-o", "{out}", "--scheme", "palettize", "--bits", "5"], "5"),
     "quantize twice": (["quantize", "-m", "{quantized}", "-o", "{out}", "--scheme", "integer"], "quantized already"),
+    "plan and choices": (["prune", "-m", "{teacher}", "-o", "{out}", "--plan", "p.json", "--method", "taylor", "--no-rotate"], "--method, --rotate/--no-rotate beside --plan"),
     "prune after quantize": (["prune", "-m", "{quantized}", "-o", "{out}", "--keep", "ffn=0.5", "-d", "{train}"], "quantize"),
     "palettes to ONNX": (["export", "-m", "{palettized}", "-o", "{out}", "--format", "onnx"], "palett"),
     "unknown format": (["export", "-m", "{teacher}", "-o", "{out}", "--format", "gguf"], "gguf"),
