@@ -33,6 +33,8 @@ from dwindle.devices.published import Published, published
 
 __all__ = ["Calibration", "Constants", "Prediction", "calibrate", "fit"]
 
+OUTLIER = 0.4
+"""Error from which on a row has to say why it is not predicted."""
 _UNPACKING = tuple(step / 100 for step in range(20, 105, 5))
 """Values of `unpacking` that are tried."""
 _ROUNDS = 12
@@ -71,11 +73,18 @@ class Prediction:
     source: str
     date: str
     beyond_facts: bool
+    outlier: str
+    """Why the others do not predict it, where that is known."""
 
     @property
     def error(self) -> float | None:
         """Return predicted / published - 1."""
         return None if self.predicted is None else self.predicted / self.published - 1
+
+    def summary(self) -> dict[str, Any]:
+        """Return what tells an outlier, and why it is one."""
+        return {"device": self.device, "model": self.model, "engine": self.engine, "error": self.error,
+                "why": self.outlier}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class Calibration:
         known = [p for p in self.predictions if p.kind == kind and p.error is not None]
         return max(known, key=lambda p: abs(p.error or 0.0))
 
+    def outliers(self, kind: str) -> list[Prediction]:
+        """Return the predictions that are off by more than `OUTLIER`, the farthest first."""
+        far = [p for p in self.predictions if p.kind == kind and abs(p.error or 0.0) > OUTLIER]
+        return sorted(far, key=lambda p: -abs(p.error or 0.0))
+
     def to_json(self) -> dict[str, Any]:
         """Return constants, medians and every prediction as JSON types."""
         kinds = {kind: self._summary(kind) for kind in ("decode", "prefill")}
@@ -123,7 +137,8 @@ class Calibration:
             "by_engine": {name: self.median_error(kind, name) for name in engines},
             "rows": len(self.errors(kind)),
             "not_predicted": [f"{p.device}, {p.model}" for p in self.predictions if p.kind == kind and p.error is None],
-            "worst": {"device": worst.device, "model": worst.model, "error": worst.error},
+            "worst": worst.summary(),
+            "outliers": [p.summary() for p in self.outliers(kind)],
         }
 
     def text(self) -> str:
@@ -135,9 +150,10 @@ class Calibration:
             each = ", ".join(f"{name} {_percent(error)}" for name, error in engines.items())
             lines.append(
                 f"calibration, {kind}: leave-one-out median error {_percent(statistics.median(found))} over "
-                f"{len(found)} published rows ({each}); worst {_percent(worst.error, sign=True)}: {worst.device}, "
-                f"{worst.model}"
+                f"{len(found)} published rows ({each}); worst {_percent(worst.error, sign=True)}"
             )
+            lines += [f"  {_percent(p.error, sign=True):>7}  {p.device}, {p.model} ({p.engine}): {p.outlier}"
+                      for p in self.outliers(kind)]  # fmt: skip
         return "\n".join(lines)
 
 
@@ -180,14 +196,14 @@ def _decode(row: Published, rows: Sequence[Published]) -> Prediction:
     found = _constants(others)
     predicted = None if found is None else 1 / found.decode_seconds(row)
     return Prediction("decode", row.device, row.model, row.engine, row.decode or 0.0, predicted, row.source, row.date,
-                      row.beyond_facts)  # fmt: skip
+                      row.beyond_facts, row.outlier)  # fmt: skip
 
 
 def _prefill(row: Published, rows: Sequence[Published]) -> Prediction:
     compute = _compute(rows, row.prefill_engine, row.device)
     predicted = None if compute is None else row.prompt / (row.prefill_operations / (compute * row.cores))
     return Prediction("prefill", row.device, row.model, row.prefill_engine, row.prefill or 0.0, predicted, row.source,
-                      row.date, row.beyond_facts)  # fmt: skip
+                      row.date, row.beyond_facts, row.outlier)  # fmt: skip
 
 
 def _compute(rows: Sequence[Published], engine: str, without: str) -> float | None:

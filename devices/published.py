@@ -56,6 +56,8 @@ class Published:
     date: str
     trust: str
     beyond_facts: bool
+    outlier: str = ""
+    """Why other devices do not predict it, where they do not."""
 
     @property
     def text(self) -> str:
@@ -110,6 +112,7 @@ def _row(raw: Mapping[str, Any], model: Mapping[str, Any], source: Mapping[str, 
         date=str(source["date"]),
         trust=source["trust"],
         beyond_facts=raw.get("beyond_facts", False),
+        outlier=raw.get("outlier", ""),
     )
     if found.compute is not None or found.prefill is None:
         return found

@@ -142,6 +142,22 @@ def test_text_and_json_say_the_same() -> None:
     assert isinstance(calibrate(), Calibration)
 
 
+def test_whatever_is_far_off_says_why() -> None:
+    """Every row off by more than 40 % has its reason, in text and JSON alike; none has one that is predicted well."""
+    text, data = fit().text(), fit().to_json()["leave_one_out"]
+    for kind in ("decode", "prefill"):
+        outliers = data[kind]["outliers"]
+        assert outliers[0] == data[kind]["worst"]
+        assert [row for row in outliers if not row["why"]] == []
+        for row in outliers:
+            assert (
+                f"{100 * row['error']:+.0f} %  {row['device']}, {row['model']} ({row['engine']}): {row['why']}" in text
+            )
+    far = {(p.device, p.model, p.outlier) for p in fit().predictions if abs(p.error or 0) > 0.3}
+    explained = {(p.device, p.model, p.outlier) for p in fit().predictions if p.outlier}
+    assert explained <= far
+
+
 def test_the_documents_table_is_what_is_computed() -> None:
     text = (FILE.parents[1] / "docs" / "devices.md").read_text(encoding="utf-8")
     for p in fit().predictions:

@@ -61,6 +61,7 @@ def test_check_of_everything_reports_the_calibration(capsys: pytest.CaptureFixtu
     assert f"{count} of {count} profiles sound" in out
     assert "calibration, decode: leave-one-out median error" in out
     assert "calibration, prefill: leave-one-out median error" in out
+    assert "+329 %  Galaxy S24 Ultra, qwen2.5-1.5b-q4 (cpu): the paper's runtime is five times slower" in out
     data = json.loads(invoke(capsys, "check", "--json")[1])
     assert data["problems"] == {}
     assert data["calibration"]["leave_one_out"]["decode"]["median_error"] <= 0.15
