@@ -12,7 +12,7 @@ from dwindle.train_options import TrainOptions
 __all__ = ["AdapterOptions", "Kind", "RecoverOptions", "Start"]
 
 Kind = Literal["lora", "rslora", "dora"]
-Start = Literal["zero", "error"]
+Start = Literal["zero", "error", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class RecoverOptions(AdapterOptions):
 
     start: Start | None = None
     """`zero`: the adapter begins without effect. `error`: with the best rank-r part of what quantization changed
-    in each linear (its largest singular values), as LoftQ does. None: `error`, but for dora, which begins at zero."""
+    in each linear (its largest singular values), as LoftQ does. `outputs`: with the part that repairs most of what the
+    linears give out on some of the text; slower to make. None: `error`, but for dora, which begins at zero."""
     temperature: float = 1.0
     """Temperature of teacher and student in the KL."""
 
@@ -81,9 +82,9 @@ class RecoverOptions(AdapterOptions):
         super().__post_init__()
         wrong = []
         if self.start is not None and self.start not in get_args(Start):
-            wrong.append(f"start={self.start!r} (needed: {' or '.join(get_args(Start))})")
-        elif self.start == "error" and self.kind == "dora":
-            wrong.append("start='error' with kind='dora' (needed: lora or rslora, a row's length has no rank)")
+            wrong.append(f"start={self.start!r} (needed: {', '.join(get_args(Start))})")
+        elif self.begins != "zero" and self.kind == "dora":
+            wrong.append(f"start={self.start!r} with kind='dora' (needed: lora or rslora, a row's length has no rank)")
         if not 0 < self.temperature < math.inf:
             wrong.append(f"temperature={self.temperature!r} (needed: above 0)")
         if wrong:

@@ -7,12 +7,9 @@ it every task adapter starts (arXiv 2407.21075, section 5.1). No label is needed
 the model will read.
 
 *Where to start.* LoRA begins without effect: B = 0. With `start="error"` it begins with the best rank-r part of what
-was lost, from the singular value decomposition of W - W_quantized (LoftQ, Li et al. 2023, arXiv 2310.08659, with one
-iteration; the codes stay as they are):
-
-    s B A = U_r diag(sigma_r) V_r^T        A = sqrt(diag(sigma_r)) V_r^T,   B = U_r sqrt(diag(sigma_r)) / s
-
-It is the default: stories260K at 2 bits, 300 steps at rank 16, closes 81 % of the KL gap so and 68 % from zero.
+was lost in the weights, with `start="outputs"` in what the linears give out on the text (`error_start`). The error is
+the default: stories260K at 2 bits, 300 steps at rank 16, closes 81 % of the KL gap so and 68 % from zero. Begun so, an
+adapter wants a low rate: one at which another may learn first undoes what it began with (`docs/experiments.md`).
 
 *What it costs.* A rank-r adapter of float16 adds 16 r (O + I) bits to the O I weights of a linear: at r = 16 and width
 2048 a quarter of a bit per weight, for small models far more. The record counts them.
@@ -30,7 +27,8 @@ from torch import Tensor, nn
 
 from dwindle.adapter_card import AdapterCard
 from dwindle.adapters.adapter import Adapter
-from dwindle.adapters.attach import NAME, adapter_config, adapter_tensors, attach, fill, target_names
+from dwindle.adapters.attach import adapter_config, adapter_tensors, attach, fill, target_names
+from dwindle.adapters.error_start import largest_errors, largest_output_errors
 from dwindle.adapters.options import RecoverOptions
 from dwindle.clock import StepClock
 from dwindle.divergence import forward_kl
@@ -87,7 +85,9 @@ def recover(
         config = adapter_config(bundle, options, names)
         adapted = attach(bundle, config, options.seed)
         if options.begins == "error":
-            fill(adapted.model, _largest_errors(bundle, teacher, adapted, names))
+            fill(adapted.model, largest_errors(bundle, teacher, adapted, names))
+        elif options.begins == "outputs":
+            fill(adapted.model, largest_output_errors(bundle, teacher, adapted, names, train_tokens.ids[:, :-1]))
         identity = {"base": bundle.content_sha256, "teacher": teacher.content_sha256, "rank": options.rank,
                     "kind": options.kind, "targets": list(names), "alpha": options.scaled_by, "start": options.begins,
                     "temperature": options.temperature, "dropout": options.dropout}  # fmt: skip
@@ -151,27 +151,6 @@ def adapted_size(base: ModelBundle, adapter: Adapter) -> Measurement:
 def _weights(base: ModelBundle, name: str) -> int:
     linear: Any = base.model.get_submodule(name)
     return int(linear.in_features * linear.out_features)
-
-
-def _largest_errors(
-    base: ModelBundle, teacher: ModelBundle, adapted: ModelBundle, names: list[str]
-) -> dict[str, Tensor]:
-    """Return A and B whose product is the best rank-r part of what quantization changed in each linear."""
-    tensors = adapter_tensors(adapted.model)
-    for name in names:
-        layer: Any = adapted.model.get_submodule(name)
-        rank, scale = layer.r[NAME], layer.scaling[NAME]
-        lost = _dense(teacher, name).double() - _dense(base, name).double()
-        left, sigma, right = torch.linalg.svd(lost.cpu(), full_matrices=False)
-        root = sigma[:rank].sqrt()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (root[:, None] * right[:rank]).float()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (left[:, :rank] * root / scale).float()
-    return tensors
-
-
-def _dense(bundle: ModelBundle, name: str) -> Tensor:
-    weight: Tensor = bundle.model.get_submodule(name).weight
-    return weight.detach()
 
 
 def _name_of(bundle: ModelBundle) -> str:

@@ -23,7 +23,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,18 @@ class Recovery:
     learning_rate: float
     rows: tuple[tuple[float, int], ...]
     """(bits, rank) of each row."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `recover` that are not the defaults."""
 
 
 RECOVERY = {
     "stories260K": Recovery(300, 8, 256, 5e-3, tuple((bits, rank) for bits in BITS for rank in RANKS)),
-    "pycode-6m": Recovery(100, 4, 256, 2e-3, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32))),
-}
+    "pycode-6m": Recovery(300, 4, 256, 8e-4, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32)),
+                          {"start": "outputs", "schedule": "cosine", "warmup_share": 0.1}),
+}  # fmt: skip
 TASKS = ("starter", "banking77", "clinc150")
 KINDS = ("float", "quantized", "recovered", "from recovery", "from scratch", "full fine-tuning")
-CLASSES = 20
+CLASSES = 10
 """Intents of each set: those with the most records, the first in order among equals."""
 RATE, FULL_RATE = 2e-3, 2e-4
 """Peak rates of adapters and of full fine-tuning."""
@@ -99,7 +102,7 @@ def recovery(model: str, bits: float, rank: int, folder: Path) -> Record:
     text = DataOptions(train=tuple(real.text.place(one) for one in real.text.train), context=setting.context)
     tokens = training_set(text, base.tokenizer, base.anatomy.context)
     options = adapters.RecoverOptions(rank=rank, steps=setting.steps, batch_size=setting.batch,
-                                      learning_rate=setting.learning_rate)  # fmt: skip
+                                      learning_rate=setting.learning_rate, **setting.more)  # fmt: skip
     adapter, record = adapters.recover(base, options, teacher=real.bundle, train_tokens=tokens)
     adapter, record, _ = adapters.measured(adapter, record, base, real.meter(16_384))
     return {
@@ -125,7 +128,7 @@ def starter_records(folder: Path) -> adapters.TaskOptions:
 
 
 def intent_records(name: str, folder: Path) -> adapters.TaskOptions:
-    """Return a subset of an intent set: 20 classes, 30 records of each to train on and 10 to measure."""
+    """Return a subset of an intent set: 10 classes, 30 records of each to train on and 10 to measure."""
     data = assets() / "data" / "tasks"
     if name == "banking77":
         splits = {split: [(row["text"], row["category"]) for row in csv.DictReader((data / f"banking77_{split}.csv")
@@ -159,7 +162,7 @@ class TaskBench:
         inner = replace(whole, held_out=whole.train[::8], train=tuple(r for i, r in enumerate(whole.train) if i % 8))
         self.records = inner
         self.options = adapters.AdaptOptions(
-            epochs=2 if name == "starter" else 8, learning_rate=RATE, batch_size=16, patience=None, replay=0.0
+            epochs=2 if name == "starter" else 4, learning_rate=RATE, batch_size=16, patience=None, replay=0.0
         )
 
     def _base(self, folder: Path) -> ModelBundle:
