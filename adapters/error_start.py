@@ -121,8 +121,14 @@ def _shape(adapted: ModelBundle, name: str) -> tuple[int, float]:
 
 def _error(bundle: ModelBundle, teacher: ModelBundle, name: str) -> Tensor:
     """Return W - W_quantized [O, I] in float64 on the CPU."""
-    weights = [of.model.get_submodule(name).weight.detach().double().cpu() for of in (teacher, bundle)]  # type: ignore[union-attr,operator]
-    return weights[0] - weights[1]
+    before, after = (_dense(of, name) for of in (teacher, bundle))
+    return before - after
+
+
+def _dense(bundle: ModelBundle, name: str) -> Tensor:
+    weight: Any = bundle.model.get_submodule(name).weight
+    dense: Tensor = weight.detach().double().cpu()
+    return dense
 
 
 def _put(tensors: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
