@@ -101,8 +101,9 @@ def _second_moments(bundle: ModelBundle, names: set[str], ids: Tensor) -> list[t
     model: Any = bundle.model
     try:
         with torch.no_grad(), evaluating(model):
-            for part in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])) if names else ():
-                left, _ = set(names), seen.clear()
+            for part in torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1])) if names else ():
+                left = set(names)
+                seen.clear()
                 part = part.to(model.device, torch.long)
                 try:
                     model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
