@@ -112,6 +112,7 @@ def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
     if options.checker is not None:
         train, unpassed = _passing(options.checker, by_row)
         skipped += unpassed
+    shared = 0
     if options.held_out:
         measured = {record.asked for record in held_out}
         apart = [record for record in train if record.asked not in measured]
@@ -122,8 +123,9 @@ def read_task(options: TaskOptions, seed: int = 0) -> TaskRecords:
         train, held_out = _divided(train, options.held_out_share, seed)
     if not train or not held_out:
         raise DataError(
-            f"task {options.name!r}: {len(train):,} records to train on, {len(held_out):,} held out; both are needed. "
-            "Add records, or name others under held_out."
+            f"task {options.name!r}: {len(train):,} records to train on, {len(held_out):,} held out; both are needed"
+            f"{f' ({shared:,} have prompts that are held out)' if shared else ''}. Add records, or name others under "
+            "held_out."
         )
     if options.max_records is not None:
         train = sorted(train, key=lambda r: _draw(seed, f"{r.prompt}\0{r.completion}"))[: options.max_records]

@@ -10,7 +10,7 @@ from dwindle.errors import RecipeError
 if TYPE_CHECKING:
     from dwindle.anatomy import Anatomy
 
-__all__ = ["FORMATS", "Activations", "AdapterInputs", "ExportOptions", "KVCache", "Operators", "Shapes"]
+__all__ = ["FORMATS", "FORMATS_OF", "Activations", "AdapterInputs", "ExportOptions", "KVCache", "Operators", "Shapes"]
 
 FORMATS = ("onnx", "coreml", "coreai")
 """The formats an export can write, in the order they are written."""
@@ -19,6 +19,12 @@ AdapterInputs = Literal["none", "lora", "dora"]
 KVCache = Literal["float32", "float16", "int8"]
 Operators = Literal["fused", "plain"]
 Shapes = Literal["dynamic", "static"]
+FORMATS_OF = {
+    "activations": ("onnx",), "adapter_inputs": ("onnx", "coreai"), "adapter_rank": ("coreai",),
+    "external_data_above_bytes": ("onnx",), "kv_cache": ("onnx",), "largest_file_bytes": ("coreml",),
+    "operators": ("onnx",), "prefill_tokens": ("coreml", "coreai"), "shapes": ("coreml", "coreai"),
+}  # fmt: skip
+"""The formats that an option concerns, where not all."""
 _CHOICES = {
     "adapter_inputs": AdapterInputs,
     "activations": Activations,

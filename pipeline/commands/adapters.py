@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dwindle.errors import GateFailed
+from dwindle.errors import GateFailed, OutputError
 from dwindle.pipeline.commands.shared import (
     data_option,
     device_option,
@@ -217,6 +217,8 @@ def traces(teacher: str, output: str, data: tuple[str, ...], prompt: str | None,
     from dwindle.adapters.traces import TraceOptions, solved
     from dwindle.storage import write_text
 
+    if Path(output).is_dir():
+        raise OutputError(f"{output} is a folder; traces are one file. Name a .jsonl file.")
     of_task = {"data": data, "prompt": prompt, "completion": completion}
     given = {**values, **{f"task.{name}": value for name, value in of_task.items()}}
     own, task = split_settings(settings, given, "task")

@@ -80,10 +80,16 @@ def _decoder(model: str, output: str, data: str | None, bits: str | None, adapte
              values: dict[str, Any]) -> list[Any]:  # fmt: skip
     from dwindle import export as room
     from dwindle.data import evaluation_set
+    from dwindle.export.options import FORMATS_OF
 
     if bits is not None:
         raise RecipeError(f"--bits {bits}: {model} is a decoder; run `dwindle quantize` on it first, then export that.")
     options = made_options(room.ExportOptions, values, "export")
+    idle = [f"{key}={values[key]} is of {' and '.join(FORMATS_OF[key])}"
+            for key in values if key in FORMATS_OF and not set(FORMATS_OF[key]) & set(options.formats)]  # fmt: skip
+    if idle:
+        raise RecipeError(f"export: {'; '.join(idle)}, not of {' or '.join(options.formats)}. Leave it out, or name "
+                          "another --format.")  # fmt: skip
     bundle = load(model)
     evaluation = None if data is None else evaluation_set(data, bundle.tokenizer)
     return room.run(bundle, options, Path(output), evaluation=evaluation, adapters=list(map(Path, adapters)))

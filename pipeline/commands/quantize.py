@@ -74,6 +74,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     from dwindle import quantize as room
     from dwindle.bundle import require_model_place
     from dwindle.quantize.folder_step import needs_whole_model
+    from dwindle.quantize.methods import require_calibration, require_effect
     from dwindle.weight_source import STREAMED_PARAMETERS, WeightSource
 
     own, of_data = split_settings(settings, values)
@@ -84,6 +85,9 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
         )
     if not dry_run:
         require_model_place(Path(output))
+    method = options.method_used(bool(data))
+    require_calibration(options, method, bool(data))
+    require_effect(options, method)
     source = WeightSource(_folder(model))
     if target is not None:
         options = _for_device(options, target, source.anatomy)

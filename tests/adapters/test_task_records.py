@@ -70,6 +70,8 @@ def test_prompts_that_are_held_out_are_not_trained_on(tmp_path: Path) -> None:
     found = read_task(TaskOptions("sum", (train,), held_out=(test,)))
     assert (len(found.train), len(found.held_out)) == (15, 5)
     assert "5 training records" in found.skipped[0].what
+    with pytest.raises(DataError, match=r"0 records to train on, 20 held out; both are needed \(20 have prompts"):
+        read_task(TaskOptions("sum", (train,), held_out=(train,)))
 
 
 def test_traces_are_records_of_their_own(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_recover_writes_an_adapter_that_the_catalogue_shows(line: Path) -> None:
 
 
 def test_nonsense_is_refused(line: Path) -> None:
-    from dwindle.errors import DataError, OutputError, RecipeError
+    from dwindle.errors import OutputError, RecipeError
 
     words = ["recover", "-t", line / "teacher", "-d", line / "train.txt", "-o", line / "a"]
     with pytest.raises(RecipeError, match="the model is not quantized"):
@@ -62,8 +62,6 @@ def test_nonsense_is_refused(line: Path) -> None:
         dwindle(*words, "-m", line / "packed", "--rank", "many")
     with pytest.raises(OutputError, match=r"packed holds something else than an adapter"):
         dwindle("recover", "-t", line / "no", "-m", line / "no", "-d", line / "train.txt", "-o", line / "packed")
-    with pytest.raises(DataError, match="documents stand in two roles"):
-        dwindle(*words, "-m", line / "packed", "--text", line / "train.txt")
     assert not (line / "a").exists()
 
 
@@ -158,7 +156,7 @@ def test_adapters_are_compared_and_merged(line: Path) -> None:
 
 
 def test_a_teachers_traces_become_data_to_adapt_on(line: Path) -> None:
-    from dwindle.errors import GateFailed, RecipeError
+    from dwindle.errors import GateFailed, OutputError, RecipeError
 
     words = ["adapters", "traces", "-t", line / "teacher", "-d", records(line), "-o", line / "traces.jsonl", "--prompt",
              "question", "--completion", "answer", "--set", "answer_tokens=3", "--samples", 2]  # fmt: skip
@@ -166,6 +164,8 @@ def test_a_teachers_traces_become_data_to_adapt_on(line: Path) -> None:
     rows = [json.loads(row) for row in (line / "traces.jsonl").read_text().splitlines()]
     assert told["solved"] == len(rows) > 0
     assert all(row["trace"].endswith(row["completion"]) for row in rows)
+    with pytest.raises(OutputError, match="is a folder"):
+        dwindle("adapters", "traces", "-t", line / "none", "-d", line / "none.jsonl", "-o", line)
     done = dwindle("adapt", "-m", line / "packed", "-d", line / "traces.jsonl", "-o", line / "a", "--epochs", 1,
                    "--set", "task.traces=trace", "--json")  # fmt: skip
     assert json.loads(done.stdout)["details"]["records"] > len(rows)

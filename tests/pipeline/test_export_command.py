@@ -80,6 +80,8 @@ def test_a_text_that_is_not_there_is_named(
         (("--format", "coreml", "--shapes", "round"), "shapes"),
         (("--format", "onnx", "--kv-cache", "int3"), "kv_cache"),
         (("--format", "onnx", "--context-length", "100k"), "context_length=100,000 is more than"),
+        (("--format", "onnx", "--shapes", "static"), "shapes=static is of coreml and coreai, not of onnx"),
+        (("--format", "coreml", "--kv-cache", "float16"), "kv_cache=float16 is of onnx"),
         (("--format", "tflite"), "formats names 'tflite'; known: onnx, coreml, coreai"),
     ],
 )

@@ -108,6 +108,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "bits and a device": (["--bits", "4", "--target", "pixel-9"], "Give one of the two"),
     "no such device": (["--target", "iphone-99"], "iphone-99"),
     "a method without its text": (["--method", "lnq"], "needs a calibration text"),
+    "a method without its text, before a plan": (
+        ["--method", "lnq", "--target-bits-per-weight", "3"],
+        "needs a calibration text",
+    ),
+    "an option that the method does not look at": (["--set", "guided=true"], "and the method is kmeans"),
     "no such method": (["--method", "gptq"], "needed with palettize"),
     "no such key": (["--set", "embeding_bits=4"], "did you mean 'embedding_bits'?"),
     "no such key of the data": (["-d", "{short}", "--set", "data.windows=4"], "data.windows is unknown"),
