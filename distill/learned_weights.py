@@ -15,7 +15,6 @@ from dwindle.data.learned_mixture import LearnedOrder
 from dwindle.distill.head import HeadStates, head_of, inside
 from dwindle.distill.teacher_model import Teacher
 from dwindle.distill.teacher_signal import LiveTeacher
-from dwindle.errors import RecipeError
 from dwindle.sharding import Processes
 from dwindle.token_set import Mixture, TokenSet
 from dwindle.vocabulary_map import VocabularyMap
@@ -27,17 +26,12 @@ _ROWS = 512
 
 
 def learned_order(
-    tokens: TokenSet, seed: int, teacher: Teacher | None, mapped: VocabularyMap | None, *, cached: bool
+    tokens: TokenSet, seed: int, teacher: Teacher | None, mapped: VocabularyMap | None
 ) -> LearnedOrder | None:
-    """Return the order of a set whose shares are learned, None for any other.
-
-    Raises RecipeError with a logit cache, which lacks what other weights would read, or without a teacher.
-    """
+    """Return the order of a set whose shares are learned, None for any other."""
     if tokens.mixture is None:
         return None
-    if cached or teacher is None:
-        raise RecipeError("distill: data.learn_weights_every with a logit cache (needed: a live teacher; what is read "
-                          "next is not known when a cache is written).")  # fmt: skip
+    assert teacher is not None, "the step refuses learned weights without a teacher"
     places = _Places(tokens.mixture)
     return LearnedOrder(tokens.mixture, seed, places.of_student, places.of_teacher(LiveTeacher(teacher, mapped=mapped)))
 

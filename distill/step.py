@@ -74,7 +74,7 @@ def run(
         if evaluation is not None:
             live = None if teacher is None else LiveTeacher(teacher, mapped=mapped)
             probe = Probe(evaluation, live, train.ids.shape[1] - 1, student.tokenizer, folder)
-        order = learned_order(train, options.seed, teacher, mapped, cached=options.cache is not None)
+        order = learned_order(train, options.seed, teacher, mapped)
         result = _train(model, objective, train, options, folder, on_step, identity, probe, order)
         if hasattr(model, PROJECTIONS):
             delattr(model, PROJECTIONS)
@@ -160,6 +160,9 @@ def _check(
         wrong.append("the student is quantized (distill first, then quantize)")
     if teacher is None and options.cache is None:
         wrong.append("there is no teacher (give one, or a logit cache)")
+    if tokens.mixture is not None and options.cache is not None:
+        wrong.append("data.learn_weights_every with a logit cache (needed: a live teacher; what is read next is not "
+                     "known when a cache is written)")  # fmt: skip
     try:
         mapped = None if teacher is None else map_between(teacher, student)
     except UnsupportedModel as error:

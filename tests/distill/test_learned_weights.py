@@ -14,7 +14,7 @@ from dwindle import distill
 from dwindle.data import DataOptions, training_set
 from dwindle.data.document import Document
 from dwindle.data.packing import pack_evaluation
-from dwindle.distill import DistillOptions
+from dwindle.distill import CacheOptions, DistillOptions
 from dwindle.distill.learned_weights import learned_order
 from dwindle.distill.teacher_model import Teacher
 from dwindle.errors import RecipeError
@@ -35,7 +35,7 @@ def tokens(tmp_path: Path, tiny_tokenizer: Any) -> Any:
 
 def test_weights_follow_the_losses_of_student_and_teacher(tiny_bundle: Callable[..., Any], tokens: Any) -> None:
     teacher, student = tiny_bundle("llama"), tiny_bundle("llama", seed=1)
-    order = learned_order(tokens, 0, Teacher.of(teacher), None, cached=False)
+    order = learned_order(tokens, 0, Teacher.of(teacher), None)
     assert order is not None
     for bundle, found in ((teacher, order.reference), (student, order._losses(student.model))):
         for held, loss in zip(tokens.mixture.held_out, found, strict=True):
@@ -70,7 +70,9 @@ def test_a_run_tells_its_weights_and_resumes_exactly(
         assert torch.equal(one, other)
 
 
-def test_a_cache_cannot_follow(tokens: Any) -> None:
+def test_a_cache_cannot_follow_and_is_not_begun(tiny_bundle: Any, tokens: Any, tmp_path: Path) -> None:
+    options = replace(OPTIONS, cache=CacheOptions(str(tmp_path / "cache")))
     with pytest.raises(RecipeError, match="learn_weights_every with a logit cache"):
-        learned_order(tokens, 0, None, None, cached=True)
-    assert learned_order(replace(tokens, mixture=None), 0, None, None, cached=True) is None
+        distill.run(tiny_bundle("llama", seed=3), options, teacher=tiny_bundle("llama"), train=tokens)
+    assert not (tmp_path / "cache").exists()
+    assert learned_order(replace(tokens, mixture=None), 0, None, None) is None
