@@ -218,6 +218,7 @@ def _card(bundle: ModelBundle, options: AdaptOptions, config: Any, objective: Ta
     recorded: Mapping[str, Any] = {
         **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}, "objective": objective,
         "rank": config.r, "alpha": config.lora_alpha, "kind": _kind(config),
+        **({} if start is None else {"targets": sorted(config.target_modules)}),
     }  # fmt: skip
     base = str(bundle.lineage.entries[0].options.get("model", "model")) if bundle.lineage.entries else "model"
     return AdapterCard(

@@ -60,9 +60,12 @@ def comparison(folders: Sequence[Path], base_sha256: str | None = None) -> list[
 
     Raises as `catalogue` does, and DataError for fewer than two adapters.
     """
-    found = [{**one, "name": one["name"] if len(folders) == 1 else f"{folder.name}/{one['name']}"
-              if one["name"] != folder.name else folder.name}
-             for folder in folders for one in catalogue(folder, base_sha256)]  # fmt: skip
+    ends = [folder.name for folder in folders]
+    named = [str(folder) if ends.count(folder.name) > 1 else folder.name for folder in folders]
+    found = [{**one, "name": one["name"] if len(folders) == 1 else f"{name}/{one['name']}"
+              if one["name"] != folder.name else name}
+             for name, folder in zip(named, folders, strict=True)
+             for one in catalogue(folder, base_sha256)]  # fmt: skip
     if len(found) < 2:
         raise DataError(f"adapters compare: {len(found)} adapter found, at least two are needed. Name more folders.")
     return [

@@ -129,6 +129,9 @@ def opened(model: str, torch_device: str = "cpu") -> Opened:
     if (folder / MANIFEST_FILE).is_file():
         from transformers import GenerationConfig
 
+        if torch_device != "cpu":
+            raise RecipeError(f"generate: --torch-device {torch_device}: {folder} is an exported artifact, "
+                              "which its own runtime executes. Leave it out.")  # fmt: skip
         runner, vocabulary = open_artifact(folder), read_manifest(folder).get("vocabulary")
         tokenizer = load_tokenizer(folder, trust_remote_code=False,
                                    vocab=vocabulary if isinstance(vocabulary, int) else 1 << 24)  # fmt: skip

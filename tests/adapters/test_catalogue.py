@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dwindle.adapters import Adapter, AdapterCard
-from dwindle.adapters.catalogue import catalogue, catalogue_table, described
+from dwindle.adapters.catalogue import catalogue, catalogue_table, comparison, described
 from dwindle.errors import DataError, OutputError, UnsupportedModel
 
 peft = pytest.importorskip("peft")
@@ -46,6 +46,15 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "one", "a" * 64)
     write(tmp_path / "one", "b" * 64)
     assert [one["base_sha256"] for one in catalogue(tmp_path)] == ["b" * 64]
+
+
+def test_adapters_of_one_name_are_told_apart_when_compared(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "mood", "a" * 64)
+    write(tmp_path / "b" / "mood", "a" * 64)
+    places = [tmp_path / name / "mood" for name in ("a", "b")]
+    assert [one["name"] for one in comparison(places)] == [str(place) for place in places]
+    assert comparison(places)[0]["same_base"] == [str(places[1])]
+    assert [one["name"] for one in comparison([tmp_path])] == ["a/mood", "b/mood"]
 
 
 def test_folders_without_adapters_and_damaged_ones_are_refused(tmp_path: Path) -> None:

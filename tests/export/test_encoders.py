@@ -174,6 +174,16 @@ def test_models_with_a_head(
 
 
 @pytest.mark.usefixtures("_optimum")
+def test_a_head_with_one_output_gives_scores(
+    encoder: Callable[..., Path], run_readme: Callable[[Path], str], tmp_path: Path
+) -> None:
+    artifact = export_encoder(encoder("bert", "ForSequenceClassification", num_labels=1), tmp_path / "out")
+    assert artifact.parity is not None
+    assert artifact.parity.passed
+    assert re.fullmatch(r"\[( *-?\d\.\d+){3}\]\n", run_readme(tmp_path / "out" / "onnx"))
+
+
+@pytest.mark.usefixtures("_optimum")
 def test_the_same_encoder_gives_the_same_bytes(encoder: Callable[..., Path], tmp_path: Path) -> None:
     folder, options = encoder("bert"), EncoderOptions(bits=4)
     hashes = {export_encoder(folder, tmp_path / name, options).sha256 for name in ("one", "two")}

@@ -113,6 +113,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "bad records": (("--task", "{place}/bad.jsonl"), "2 of 3 records have no text under 'prompt'"),
     "no template": (("cat", "--template", "chat"), "no chat template"),
     "bad sampling": (("cat", "--top-p", "2"), "top_p=2"),
+    "a device for an artifact": (("cat", "--torch-device", "cuda"), "which its own runtime executes"),
     "too long": (("x" * 80,), "fit into the context of 64"),
 }  # fmt: skip
 
