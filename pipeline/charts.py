@@ -120,10 +120,18 @@ class Split:
         """Return seconds per token."""
         return self.weights + self.unpacking + self.cache + self.overhead
 
+    @property
+    def rate(self) -> str:
+        """Return the time and the rate in words."""
+        rate = f"{number(1 / self.total, 3)} tokens/s" if self.total else ""
+        return f"{seconds(self.total)}  \N{MIDDLE DOT}  {rate}"
+
 
 def time_split(splits: Sequence[Split], width: float = 760) -> Drawing:
     """Return bars of a decoded token's time, one per device, the longest across the sheet."""
-    row, left, top = 50, 4.0, 30
+    pushed = any(6.8 * (len(split.label) + len(split.rate)) + 16 > width for split in splits)
+    below = 15 if pushed else 0  # where both do not fit into one line, the rate stands in one of its own
+    row, left, top = 50 + below, 4.0, 30
     drawing = Drawing(width, top + row * len(splits) + 4, "Where a decoded token's time goes")
     if not splits:
         return drawing
@@ -135,13 +143,16 @@ def time_split(splits: Sequence[Split], width: float = 760) -> Drawing:
     for index, split in enumerate(splits):
         y, x = top + index * row, left
         drawing.add(Text(left, y + 14, split.label, "label"))
-        rate = f"{number(1 / split.total, 3)} tokens/s" if split.total else ""
-        drawing.add(Text(width - 6, y + 14, f"{seconds(split.total)}  \N{MIDDLE DOT}  {rate}", "note", "end"))
+        if pushed:
+            drawing.add(Text(left, y + 29, split.rate, "note"))
+        else:
+            drawing.add(Text(width - 6, y + 14, split.rate, "note", "end"))
         for name, value, kind in split.parts:
             wide = value / longest * (width - left - 6)
             if wide > 0:
                 share = value / split.total
-                drawing.add(Box(x, y + 21, max(wide - 1, 0.5), 15, kind, f"{name}: {seconds(value)} ({share:.0%})"))
+                told = f"{name}: {seconds(value)} ({share:.0%})"
+                drawing.add(Box(x, y + 21 + below, max(wide - 1, 0.5), 15, kind, told))
             x += wide
     return drawing
 
@@ -188,6 +199,8 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
     for limit in sorted(limits, key=lambda one: one.bytes):
         y = up(limit.bytes)
         drawing.add(Line([(frame.left, y), (frame.right, y)], "limit", title=f"{limit.label}: {size(limit.bytes)}"))
+    for limit in sorted(limits, key=lambda one: one.bytes):  # after all lines, so that none crosses a label
+        y = up(limit.bytes)
         free = min(y - 5, free - 14)
         text = f"{limit.label}  {size(limit.bytes)}"
         wide = 6.2 * len(text) + 6
@@ -206,7 +219,8 @@ def memory_over_context(curves: Sequence[Curve], limits: Sequence[Limit], width:
         for (x, y), (t, lo, value, hi) in zip(line, curve.points, strict=True):
             told = f"{curve.label} at {t:,} tokens: {size(value)}, {size(lo)} to {size(hi)}"
             drawing.add(Dot(x, y, 3, series, told))
-    x = frame.left + 4
+    needed = sum(32 + 6.3 * len(curve.label) for curve in curves)
+    x = frame.left + 4 if frame.left + 4 + needed <= width else 4.0
     for index, curve in enumerate(curves):
         drawing.add(Box(x, 4, 11, 11, f"s{(index + 1) % SERIES}"), Text(x + 16, 14, curve.label, "note"))
         x += 32 + 6.3 * len(curve.label)

@@ -11,6 +11,9 @@ from dwindle.pipeline.markdown import code, details, escape_markdown, table
 __all__ = ["change_text", "comparison_markdown", "comparison_text"]
 
 
+_WIDEST_KEY = 48
+
+
 def change_text(worse: float | None) -> str:
     """Return how far a number moved, and which way that is.
 
@@ -27,7 +30,8 @@ def comparison_text(found: Comparison, *, everything: bool = False) -> str:
     lines: list[str] = []
     if found.differences:
         lines += ["asked for"]
-        lines += [f"  {d.key:28} {' -> '.join(v or figures.UNKNOWN for v in d.values)}" for d in found.differences]
+        wide = min(_WIDEST_KEY, max(28, *(len(d.key) for d in found.differences)))
+        lines += [f"  {d.key:{wide}} {' -> '.join(v or figures.UNKNOWN for v in d.values)}" for d in found.differences]
     shown = [row for row in found.rows if everything or row.changed]
     for what, rows in itertools.groupby(shown, key=lambda row: row.what):
         lines += ["", what, *(_line(row) for row in rows)]

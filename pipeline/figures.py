@@ -120,6 +120,14 @@ def metric_text(metric: Metric, value: float | None) -> str:
     return f"{number(value, 3)} {metric.unit}"
 
 
+def metric_range(metric: Metric) -> str:
+    """Return the range of a metric as text, or nothing."""
+    if metric.low is None or metric.high is None or metric.low == metric.high:
+        return ""
+    low, high = metric_text(metric, metric.low), metric_text(metric, metric.high)
+    return f"{low.removesuffix(f' {metric.unit}')} to {high}"
+
+
 def named(name: str, value: float | None) -> str:
     """Return a number of a report in the unit that its name tells.
 

@@ -8,7 +8,7 @@ happen; on what it ran. Without scripts everything but the plan editor is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def render_html(report: Report, title: str = "dwindle run", recipe_text: str = "
         "targets": _targets(report),
         "metric_names": _metric_names(report),
         "metric_labels": METRIC_LABELS,
-        "metric_range": _metric_range,
+        "metric_range": figures.metric_range,
         "split": two_widths(lambda width: time_split(views.splits, width), 560),
         "memory": two_widths(lambda width: memory_over_context(views.curves, views.limits, width), 560),
         "not_estimated": views.left_out if views.splits else (),
@@ -143,10 +143,11 @@ def _cards(report: Report) -> list[_Card]:
         for end in ends:
             if end.after.top1_agreement is not None or end.after.nats_per_token is not None:
                 cards.append(_quality_card(report, end))
-    best = _best_speed(report.targets)
+    best = _best_speed(report.targets, {end.variant for end in ends})
     if best is not None:
-        profile, metric = best
-        cards.append(_Card("Speed", figures.metric_text(metric, metric.value), f"{metric.basis} on {profile}"))
+        target, metric = best
+        where = f"{metric.basis} on {target.profile}{f', {target.variant}' if target.variant else ''}"
+        cards.append(_Card("Speed", figures.metric_text(metric, metric.value), where))
     return cards
 
 
@@ -171,13 +172,17 @@ def _teacher_nats(report: Report, model: Measurement) -> float | None:
     return model.bits_per_byte / start.bits_per_byte * start.nats_per_token
 
 
-def _best_speed(targets: Sequence[TargetVerdict]) -> tuple[str, Metric] | None:
-    """Return the fastest measured rate, or the fastest estimate where nothing was measured."""
-    rates = [
-        (t.profile, m) for t in targets for m in t.metrics if m.name == "tokens_per_second" and m.value is not None
-    ]
-    measured = [r for r in rates if r[1].basis == "measured"]
-    return max(measured or rates, key=lambda r: r[1].value or 0.0, default=None)
+def _best_speed(
+    targets: Sequence[TargetVerdict], variants: Collection[str | None]
+) -> tuple[TargetVerdict, Metric] | None:
+    """Return the fastest measured rate of what the run ended with, or the fastest estimate where nothing was measured.
+
+    Models exported beside that, in float for comparison, count only where there is no other.
+    """
+    rates = [(t, m) for t in targets for m in t.metrics if m.name == "tokens_per_second" and m.value is not None]
+    rates = [rate for rate in rates if rate[0].variant in variants] or rates
+    measured = [rate for rate in rates if rate[1].basis == "measured"]
+    return max(measured or rates, key=lambda rate: rate[1].value or 0.0, default=None)
 
 
 @dataclass(frozen=True)
@@ -250,14 +255,6 @@ def _metric_names(report: Report) -> list[str]:
     """Return the metrics that any target has, the usual ones first."""
     present = {m.name for t in report.targets for m in t.metrics}
     return [n for n in METRIC_LABELS if n in present] + sorted(present - set(METRIC_LABELS))
-
-
-def _metric_range(metric: Metric) -> str:
-    """Return the range of a metric as text, or nothing."""
-    if metric.low is None or metric.high is None or metric.low == metric.high:
-        return ""
-    low, high = figures.metric_text(metric, metric.low), figures.metric_text(metric, metric.high)
-    return f"{low.removesuffix(f' {metric.unit}')} to {high}"
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -42,6 +42,8 @@ def read_report(folder: Path) -> Report:
         raise DataError(
             f"{folder} holds no report.json: it is no finished run. Run it: dwindle run RECIPE -o {folder}"
         ) from error
+    except NotADirectoryError as error:
+        raise DataError(f"{folder} is a file. Give the run's folder: {Path(folder).parent}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read as a report ({error}). Run again: finished steps are taken over."

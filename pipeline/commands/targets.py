@@ -211,15 +211,17 @@ def _verdict_lines(verdicts: Any, skipped: Any) -> list[str]:
     What others published of the device, of other models, follows for reference: it decides nothing.
     """
     from dwindle.devices.published import published_on
+    from dwindle.pipeline import figures
 
     lines = []
     for number, target in enumerate(verdicts):
         verdict = {True: "passed", False: "FAILED", None: "no budget"}[target.passed]
         lines.append(f"{target.profile}: {verdict}{f'  ({target.artifact})' if target.artifact else ''}")
         for metric in target.metrics:
-            value = "not known" if metric.value is None else f"{metric.value:,.4g} {metric.unit}"
+            value = "not known" if metric.value is None else figures.metric_text(metric, metric.value)
+            known = ", ".join(part for part in (metric.basis, figures.metric_range(metric)) if part)
             held = {True: f"  ok: {metric.budget}", False: f"  MISSED: {metric.budget}", None: ""}[metric.passed]
-            lines.append(f"  {metric.name:32} {value} ({metric.basis}{_spread(metric)}){held}")
+            lines.append(f"  {metric.name:32} {value} ({known}){held}")
         if number + 1 == len(verdicts) or verdicts[number + 1].profile != target.profile:
             lines += [f"  for reference: {r.text} (published, {r.source})" for r in published_on(target.profile)]
     return [*lines, *(f"Not done: {line.what}: {line.why}" for line in skipped)]

@@ -9,6 +9,7 @@ import pytest
 
 from dwindle.devices import ValidateOptions, junit, kept, run
 from dwindle.devices.cost_model import METRIC_UNITS
+from dwindle.devices.published import PROFILES, published
 from dwindle.errors import RecipeError
 from dwindle.report import Artifact, Measurement, Metric, Parity, Report, Skipped, StepRecord, TargetVerdict
 
@@ -68,6 +69,24 @@ def test_nothing_to_run_fails_the_budgets(artifact: Artifact) -> None:
     report = Report(targets=(verdict,), skipped=skipped)
     assert report.exit_code == 1
     assert "is not known" in report.failures[0]
+
+
+def test_what_was_published_of_the_very_model_judges_nothing() -> None:
+    """Apple's own model on the phone that Apple measured it on: the rate is an estimate, and no measurement."""
+    row = next(r for r in published() if r.model == "afm-2024")
+    assert PROFILES[row.device] == "iphone-15-pro"
+    layers = {"a": {"bits": 4, "bytes": int(row.streamed_bytes), "parameters": int(row.multiply_accumulates),
+                    "format": "palette4"}}  # fmt: skip
+    details = {"layers": layers, "context_length": 4096, "vocabulary": 49_152, "attention_width": row.attention_width}
+    afm = Artifact("coreml", "export/coreml", int(row.streamed_bytes), "0" * 64, details=details)
+    (verdict,), _ = run(ValidateOptions(("iphone-15-pro",), ("tokens_per_second >= 20",)), [(afm, Path())])
+    assert metric(verdict, "tokens_per_second").passed
+    assert {m.basis for m in verdict.metrics} == {"measured", "estimated"}
+    strict = ValidateOptions(("iphone-15-pro",), ("tokens_per_second >= 20",), require="measured")
+    (refused,), _ = run(strict, [(afm, Path())])
+    assert metric(refused, "tokens_per_second").passed is False
+    with pytest.raises(RecipeError, match="can only be 'measured'"):
+        ValidateOptions(require="published")  # type: ignore[arg-type]
 
 
 def test_require_measured_refuses_estimates(artifact: Artifact) -> None:

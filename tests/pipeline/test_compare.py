@@ -7,6 +7,7 @@ import pytest
 
 from dwindle.errors import RecipeError
 from dwindle.pipeline.compare import Comparison, Row, Run, compare_runs, parse_percent
+from dwindle.pipeline.comparison_page import comparison_page
 from dwindle.pipeline.comparison_text import comparison_markdown, comparison_text
 from dwindle.report import Metric, Report, TargetVerdict
 
@@ -195,3 +196,19 @@ def test_names_of_metrics_from_a_foreign_report_cannot_break_out_of_markdown() -
     told = comparison_markdown(compare_reports(before, replace(report, steps=(*report.steps, step)), 0.02))
     assert r"| \<b\>\|x (not judged) |" in told
     assert "| exact_match |" in told
+
+
+def test_long_keys_stand_in_a_column_of_their_own() -> None:
+    key = "recipe.steps.5.validate.budgets.memory"
+    found = compare_reports(sample_report(), replace(sample_report(), inputs={"a": "1", key: "2"}), None)
+    lines = [line for line in comparison_text(found).splitlines() if " -> " in line and line.startswith("  inputs")]
+    assert len(lines) > 1
+    assert len({line.index(line.split()[1], 20) for line in lines if line.split()[1] == "\N{EN DASH}"}) == 1
+
+
+def test_changes_that_nobody_judges_are_no_alarm() -> None:
+    slow = tuple(replace(step, seconds=100 * (step.seconds or 1)) for step in sample_report().steps)
+    reports = sample_report(), replace(sample_report(), steps=slow)
+    runs = [Run(f"run {n}", report, {}) for n, report in enumerate(reports)]
+    html = comparison_page(compare_runs(runs, 0.02), runs)
+    assert 'class=" aside"><th scope="row">seconds' in html

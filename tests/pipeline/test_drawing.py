@@ -121,6 +121,23 @@ def test_a_token_split_is_drawn_to_scale() -> None:
     assert any("66.7 tokens/s" in text for text in labels)
 
 
+@pytest.mark.parametrize("width", [340, 760])
+def test_a_devices_name_and_its_rate_do_not_cover_each_other(width: float) -> None:
+    splits = [replace(SPLITS[0], label="iPhone 15 Pro (A17 Pro), onnx (onnx)"), SPLITS[1]]
+    texts = [s for s in time_split(splits, width).shapes if isinstance(s, Text) and s.kind in ("label", "note")]
+    for label, rate in zip(texts[-4::2], texts[-3::2], strict=True):
+        assert (label.kind, rate.kind) == ("label", "note")
+        assert (label.y == rate.y) == (width == 760)
+        assert label.y != rate.y or 6.3 * (len(label.text) + len(rate.text)) < width
+
+
+def test_no_limit_is_drawn_over_the_name_of_another() -> None:
+    shapes = memory_over_context(CURVES, LIMITS).shapes
+    lines = [number for number, s in enumerate(shapes) if isinstance(s, Line) and s.kind == "limit"]
+    names = [number for number, s in enumerate(shapes) if isinstance(s, Text) and s.kind == "miss"]
+    assert max(lines) < min(names)
+
+
 def test_limits_close_together_are_told_apart() -> None:
     texts = [s for s in memory_over_context(CURVES, LIMITS).shapes if isinstance(s, Text) and s.kind == "miss"]
     heights = sorted(text.y for text in texts)

@@ -77,6 +77,18 @@ def test_basis_can_be_told_apart() -> None:
     assert re.search(r'<td data-label="Decode" class="\s*"><span class="figure num">800 tokens/s', html)
 
 
+def test_the_speed_on_top_is_of_what_the_run_ended_with() -> None:
+    """A model exported in float for comparison may be faster; it is not what was made."""
+    report = sample_report(speed=800)
+    (measured,) = [t for t in report.targets if t.profile == "host"]
+    metrics = tuple(replace(m, value=900.0) if m.name == "tokens_per_second" else m for m in measured.metrics)
+    beside = replace(measured, metrics=metrics, variant="float", artifact="export/float/onnx")
+    page = Page(render_html(replace(report, targets=(*report.targets, beside))))
+    assert re.search(r"Speed\s+800 tokens/s\s+measured on host", page.words)
+    alone = Page(render_html(replace(report, targets=(beside,))))
+    assert re.search(r"Speed\s+900 tokens/s\s+measured on host, float", alone.words)
+
+
 def test_failures_stand_at_the_top() -> None:
     report = sample_report(passed=False, speed=3.0)
     html = render_html(report)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_the_recipes_targets_and_budgets_hold(finished: Path, capsys: pytest.Cap
     assert code == 0
     assert out.startswith("pixel-8: passed  (export/onnx)")
     assert "tokens/s (estimated" in out
+    assert re.search(r"peak_memory_bytes +[0-9.]+ [kM]B \(estimated, [0-9.]+ [kM]B to [0-9.]+ [kM]B\)  ok: <= ", out)
     assert "ok: >= 1 tokens/s" in out
     assert "kl_nats_per_token                0.1 nats/token (measured)  ok: <= 0.2 nats/token" in out
     kept = json.loads((finished / "validation.json").read_text())
@@ -96,3 +98,9 @@ def test_quick_and_without_torch(finished: Path) -> None:
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert done.stdout.endswith("exit 0\n[]\n")
     assert min(seconds) < 2, seconds
+
+
+def test_a_file_in_place_of_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke(capsys, finished / "report.json")
+    assert code == 2
+    assert f"report.json is a file. Give the run's folder: {finished}" in err
