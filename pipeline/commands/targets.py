@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dwindle.pipeline import figures
 from dwindle.pipeline.commands.shared import emit, json_option, made_options, notify, split_settings
 
 __all__ = ["bench", "devices", "doctor", "validate"]
@@ -66,7 +67,8 @@ def check_device(path: str | None, as_json: bool) -> int:
 
     if path is not None:
         problems = check_profile(path)
-        emit({"path": path, "problems": problems}, "\n".join(problems) or f"{path}: sound", as_json)
+        told = "\n".join(f"{path}: {problem}" for problem in problems)
+        emit({"path": path, "problems": problems}, told or f"{path}: sound", as_json)
         return 2 if problems else 0
     files = profile_files()
     found = {name: problems for name, file in files.items() if (problems := check_profile(file))}
@@ -134,7 +136,7 @@ def bench(artefact: str, target: str, profile: str | None, settings: tuple[str, 
     found = room.measure(Path(artefact), target, options, profile=profile, heard=_tell)
     run = room.run_of(artefact)
     place = room.write_measurement(found, run) if run is not None else None
-    lines = [f"{m.name:30} {_number(m)} {m.unit} ({m.basis}{_spread(m)})" for m in found.metrics().values()]
+    lines = [f"{m.name:30} {_told(m)}" for m in found.metrics().values()]
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"Written: {place}"] if place else []
     emit({**found.to_json(), "written": str(place) if place else None}, "\n".join(lines), as_json)
@@ -153,12 +155,10 @@ def _tell(event: Any) -> None:
         notify(event["note"])
 
 
-def _number(metric: Any) -> str:
-    return "unknown" if metric.value is None else f"{metric.value:,.4g}"
-
-
-def _spread(metric: Any) -> str:
-    return "" if metric.low is None else f", {metric.low:,.4g} to {metric.high:,.4g}"
+def _told(metric: Any) -> str:
+    """Return a metric's value, how it is known, and its range."""
+    value = "not known" if metric.value is None else figures.metric_text(metric, metric.value)
+    return f"{value} ({', '.join(part for part in (metric.basis, figures.metric_range(metric)) if part)})"
 
 
 @click.command()
@@ -211,17 +211,14 @@ def _verdict_lines(verdicts: Any, skipped: Any) -> list[str]:
     What others published of the device, of other models, follows for reference: it decides nothing.
     """
     from dwindle.devices.published import published_on
-    from dwindle.pipeline import figures
 
     lines = []
     for number, target in enumerate(verdicts):
         verdict = {True: "passed", False: "FAILED", None: "no budget"}[target.passed]
         lines.append(f"{target.profile}: {verdict}{f'  ({target.artifact})' if target.artifact else ''}")
         for metric in target.metrics:
-            value = "not known" if metric.value is None else figures.metric_text(metric, metric.value)
-            known = ", ".join(part for part in (metric.basis, figures.metric_range(metric)) if part)
             held = {True: f"  ok: {metric.budget}", False: f"  MISSED: {metric.budget}", None: ""}[metric.passed]
-            lines.append(f"  {metric.name:32} {value} ({known}){held}")
+            lines.append(f"  {metric.name:32} {_told(metric)}{held}")
         if number + 1 == len(verdicts) or verdicts[number + 1].profile != target.profile:
             lines += [f"  for reference: {r.text} (published, {r.source})" for r in published_on(target.profile)]
     return [*lines, *(f"Not done: {line.what}: {line.why}" for line in skipped)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def test_measured_and_kept_in_its_run(tmp_path: Path, capsys: pytest.CaptureFixt
     code, out, _ = invoke(capsys, folder, *QUICK)
     assert code == 0
     assert "tokens/s (measured" in out
+    assert re.search(r"package_bytes +[0-9.]+ [kM]?B \(measured\)", out)
+    assert re.search(r"time_to_first_token_seconds +[0-9.]+ ms \(measured", out)
     assert "Written:" in out
 
 
