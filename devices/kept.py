@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dwindle.devices.bench_options import BenchOptions
 from dwindle.devices.board_runner import machine
@@ -17,7 +18,7 @@ from dwindle.devices.measurement import Measurement, read_measurements, write_me
 from dwindle.devices.targets import measure
 from dwindle.report import Artifact, Skipped
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "this_machine"]
 
 HOST = "host"
 _SAME_MACHINE = ("machine", "cpu", "processors", "memory_bytes")
@@ -69,13 +70,18 @@ class Kept:
         return told
 
 
+def this_machine() -> dict[str, Any]:
+    """Return what two measurements must agree in to be of one machine."""
+    here = machine()
+    return {key: here[key] for key in _SAME_MACHINE}
+
+
 def _why_not(kept: Measurement, profile: str, artifact: Artifact) -> str | None:
     """Return why a measurement says nothing about an artifact on a profile, or None."""
     if not kept.complete:
         return f"only {len(kept.repeats)} of {kept.protocol.repeats} repeats: {kept.stopped}"
     if kept.sha256 != artifact.sha256:
         return "the artifact has changed since; measure it again"
-    here = machine()
-    if profile == HOST and any(kept.machine.get(key) != here[key] for key in _SAME_MACHINE):
+    if profile == HOST and any(kept.machine.get(key) != value for key, value in this_machine().items()):
         return "made on another machine"
     return None

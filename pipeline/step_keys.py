@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dwindle import devices
+from dwindle.devices.device_profile import HOST
+from dwindle.devices.kept import this_machine
 from dwindle.errors import OutputError
 from dwindle.storage import hash_file, hash_json
 
@@ -30,9 +32,9 @@ def _folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def profile_sha256(name: str) -> str | None:
-    """Return a hash over a profile's numbers; None for the host, which is measured and not read."""
-    return None if name == "host" else hash_json(plain(devices.load_profile(name)))
+def profile_sha256(name: str) -> str:
+    """Return a hash over a profile's numbers; for the host, which is measured and not read, over what it is."""
+    return hash_json(plain(this_machine() if name == HOST else devices.load_profile(name)))
 
 
 def plain(value: Any) -> Any:

@@ -93,13 +93,19 @@ def report(folder: str, html: bool, markdown: bool, plots: str | None, as_json: 
     A run made by an older version opens too; what it did not record is left out. report.html is written again where
     measurements changed a verdict; report.json stays the record of the run.
     """
+    from dwindle.errors import OutputError
     from dwindle.pipeline.measured_report import measured_report
     from dwindle.pipeline.write_reports import read_report, rewrite_html
 
     recorded = read_report(Path(folder))
     found = measured_report(recorded, Path(folder))
-    if html or found is not recorded:
-        rewrite_html(found, Path(folder))
+    try:
+        if html or found is not recorded:
+            rewrite_html(found, Path(folder))
+    except OutputError as error:
+        if html:
+            raise
+        notify(f"report.html stays as it was: {error}")
     if plots is not None:
         from dwindle.pipeline.plot_files import write_plots
 

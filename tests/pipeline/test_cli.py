@@ -414,3 +414,20 @@ def test_a_warning_with_a_foreign_name_cannot_steer_the_terminal(capsys: pytest.
 
     _Lines().emit(logging.LogRecord("dwindle", logging.WARNING, "", 0, "left out: %s", ("a\x1b[2Jb",), None))
     assert capsys.readouterr().err.endswith("left out: a\\x1b[2Jb\n")
+
+
+def test_a_report_in_a_folder_that_cannot_be_written_is_shown_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small_run: Path
+) -> None:
+    from dataclasses import replace
+
+    from dwindle.errors import OutputError
+
+    def refused(*_: Any) -> None:
+        raise OutputError("report.html: cannot be written (Read-only file system). Choose another output.")
+
+    monkeypatch.setattr("dwindle.pipeline.write_reports.rewrite_html", refused)
+    monkeypatch.setattr("dwindle.pipeline.measured_report.measured_report", lambda report, _: replace(report))
+    code, out, err = invoke(capsys, "report", small_run)
+    assert (code, "nats/token" in out, "stays as it was" in err) == (0, True, True)
+    assert invoke(capsys, "report", small_run, "--html")[0] == 2

@@ -205,3 +205,15 @@ def test_a_line_learns_from_two_teachers(
     began = [line for line in said if line.startswith("distill: ") and line.endswith(("running", "taken over"))]
     assert began == ["distill: running", "distill: unchanged, taken over", "distill: running"]
     assert (tmp_path / "out" / "steps" / "01-distill" / "model").is_dir()
+
+
+def test_a_measurement_of_another_machine_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dwindle.devices import kept
+    from dwindle.pipeline.step_keys import profile_sha256
+
+    here, phone = profile_sha256("host"), profile_sha256("pixel-9")
+    assert here == profile_sha256("host")
+    other = {**kept.machine(), "cpu": "another processor"}
+    monkeypatch.setattr(kept, "machine", lambda: other)
+    assert profile_sha256("host") != here
+    assert profile_sha256("pixel-9") == phone
