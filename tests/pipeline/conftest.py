@@ -80,10 +80,13 @@ def recipe_of(workshop: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def small_run(recipe_of: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of one finished run of the small recipe. Read it, do not change it."""
+    """The folder of one finished run of the small recipe. Read it, do not change it: that is checked at the end."""
     from dwindle.pipeline.runner import run
+    from dwindle.storage import hash_folder
 
     folder = tmp_path_factory.mktemp("run") / "out"
     report = run(recipe_of(), folder)
     assert report.exit_code == 0, report.failures
-    return folder
+    before = hash_folder(folder)
+    yield folder
+    assert hash_folder(folder) == before, "a test changed the run that others read"

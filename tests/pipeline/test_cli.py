@@ -170,28 +170,30 @@ def test_run_shows_its_plan(capsys: pytest.CaptureFixture[str], small_run: Path,
 def test_report_compare_and_validate_read_a_run(
     capsys: pytest.CaptureFixture[str], small_run: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = invoke(capsys, "report", small_run)
+    place = tmp_path / "run"
+    shutil.copytree(small_run, place)  # `validate` writes its verdicts beside the report
+    code, out, _ = invoke(capsys, "report", place)
     assert code == 0
     assert "nats/token" in out
-    code, out, err = invoke(capsys, "report", small_run, "--markdown", "--plots", tmp_path / "plots")
+    code, out, err = invoke(capsys, "report", place, "--markdown", "--plots", tmp_path / "plots")
     assert code == 0
     assert out.startswith("### small: passed\n\n| Model | Size |")
     assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"quality-against-size.svg", "quality-against-size.png",
                                                                "memory-over-context.svg", "time-split.png"}  # fmt: skip
     assert "time-split.png" in err
     code, out, _ = invoke(
-        capsys, "compare", small_run, small_run, "--max-regression", "1%", "--html", tmp_path / "c.html"
+        capsys, "compare", place, place, "--max-regression", "1%", "--html", tmp_path / "c.html"
     )
     assert code == 0
     assert "No regression of more than 1.0%" in (tmp_path / "c.html").read_text()
-    code, out, _ = invoke(capsys, "compare", small_run, small_run, "--markdown", "--max-regression", "1%")
+    code, out, _ = invoke(capsys, "compare", place, place, "--markdown", "--max-regression", "1%")
     assert "No regression of more than 1.0%." in out
-    code, _, err = invoke(capsys, "validate", small_run, "--target", "pixel-9", "--budget", "memory <= 1kB", "--junit",
+    code, _, err = invoke(capsys, "validate", place, "--target", "pixel-9", "--budget", "memory <= 1kB", "--junit",
                           tmp_path / "j.xml")  # fmt: skip
     assert code == 1
     assert "peak_memory_bytes" in err
     assert "<failure" in (tmp_path / "j.xml").read_text()
-    code, _, err = invoke(capsys, "validate", small_run, "--target", "pixel-9", "--require", "measured", "--budget",
+    code, _, err = invoke(capsys, "validate", place, "--target", "pixel-9", "--require", "measured", "--budget",
                           "tokens_per_second >= 1")  # fmt: skip
     assert code == 1
 
