@@ -181,9 +181,7 @@ def test_report_compare_and_validate_read_a_run(
     assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"quality-against-size.svg", "quality-against-size.png",
                                                                "memory-over-context.svg", "time-split.png"}  # fmt: skip
     assert "time-split.png" in err
-    code, out, _ = invoke(
-        capsys, "compare", place, place, "--max-regression", "1%", "--html", tmp_path / "c.html"
-    )
+    code, out, _ = invoke(capsys, "compare", place, place, "--max-regression", "1%", "--html", tmp_path / "c.html")
     assert code == 0
     assert "No regression of more than 1.0%" in (tmp_path / "c.html").read_text()
     code, out, _ = invoke(capsys, "compare", place, place, "--markdown", "--max-regression", "1%")
