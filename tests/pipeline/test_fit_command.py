@@ -261,9 +261,10 @@ def test_help_is_enough_to_start(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
-def test_settings_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_settings_are_heeded_where_a_flag_has_a_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TEACHER_6B4))
-    words = ["-m", tmp_path / "config.json", *PHONE, "--tokens-per-second", "30"]
-    for setting, told in (("budgets=5", "budgets=5: needed metrics"), ("seed=x", "'x' is no number")):
-        code, _, err = invoke(capsys, *words, "--set", setting)
+    words = ["-m", tmp_path / "config.json", *PHONE]
+    for given, told in ((["--tokens-per-second", "30", "--set", "seed=x"], "'x' is no number"),
+                        (["--set", "budgets=5"], "5 is no mapping")):  # fmt: skip
+        code, _, err = invoke(capsys, *words, *given)
         assert (code, told in err) == (2, True), err
