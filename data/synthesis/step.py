@@ -26,10 +26,10 @@ from dwindle.checkers import Checker, make_checker
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
 from dwindle.data.synthesis.drafts import Piece, drafted
-from dwindle.data.synthesis.kinds import Written, kind_of
+from dwindle.data.synthesis.kinds import Kind, Written, kind_of
 from dwindle.data.synthesis.novelty import Novelty
 from dwindle.data.synthesis.options import SynthesisOptions
-from dwindle.data.synthesis.passages import drawn_passages
+from dwindle.data.synthesis.passages import Passage, drawn_passages
 from dwindle.data.synthesis.verifier import Verifier
 from dwindle.data.synthesis.writer import Writer
 from dwindle.errors import DataError, RecipeError
@@ -74,6 +74,7 @@ def synthesized(
         "kinds": [kind.sha256 for kind in kinds], "passages": hash_json([asdict(passage) for passage in passages]),
     }  # fmt: skip
     writes = Writer(writer, temperature=options.temperature, top_p=options.top_p, most_tokens=options.piece_tokens)
+    _require_room(writes, kinds, passages, options)
     pieces = drafted(writes, kinds, passages, pieces=options.pieces, batch_size=options.batch_size,
                      prefix_tokens=options.prefix_tokens, seed=options.seed, folder=folder, plan=plan)  # fmt: skip
     judged = _Judged(options, checks, None if verifier is None or options.verifier is None
@@ -91,6 +92,15 @@ def synthesized(
 _WRITTEN_BY = ("kinds", "pieces", "piece_tokens", "prefix_tokens", "temperature", "top_p", "batch_size", "least_tokens",
                "seed")  # fmt: skip
 """The options that decide what is written; the others decide what is kept of it."""
+
+
+def _require_room(
+    writes: Writer, kinds: Sequence[Kind], passages: Sequence[Passage], options: SynthesisOptions
+) -> None:
+    """Raise RecipeError for a kind that the model cannot begin, or a passage that leaves it no room to write."""
+    for kind in kinds:
+        for text in [passage.text for passage in passages] if kind.uses_text else [""]:
+            writes.prompt(kind, text, options.seed, options.prefix_tokens)
 
 
 class _Corpus:

@@ -169,6 +169,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny_bundle: Calla
     assert run(bundle, replace(OPTIONS, kinds=("free",), most_share=1), tmp_path / "w", [])[0]
 
 
+def test_no_batch_is_written_if_a_later_passage_leaves_no_room(tiny_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "say.txt").write_text("Say this: {text}")
+    options = replace(OPTIONS, kinds=(f"template:{tmp_path / 'say.txt'}",), piece_tokens=30, batch_size=1)
+    documents = [Document(f"Cat {i} sat.", "cats") for i in range(19)] + [Document("The cat sat on a big mat.", "cats")]
+    with pytest.raises(RecipeError, match="do not fit into the model's context of 64"):
+        run(tiny_bundle("llama"), options, tmp_path / "w", documents)
+    assert not (tmp_path / "w").exists()
+
+
 def test_the_folder_is_whole_or_not_at_all(tiny_bundle: Callable[..., Any], tmp_path: Path, says: Any) -> None:
     bundle, out = tiny_bundle("llama"), tmp_path / "out"
 
