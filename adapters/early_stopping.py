@@ -8,6 +8,7 @@ the first one's loss, so that all stop together; the first one writes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.adapters.attach import adapter_tensors
+from dwindle.errors import GateFailed
 from dwindle.sharding import Processes
 from dwindle.storage import atomic_file, write_json
 
@@ -46,7 +48,11 @@ class BestAdapter:
 
     def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
         """Return the held-out loss after so many steps; the model is in evaluation mode."""
-        self.losses[step] = self._processes.shared(self._loss(model))
+        loss = self._processes.shared(self._loss(model))
+        if not math.isfinite(loss):
+            raise GateFailed(f"adapt: the held-out loss after {step} steps is {loss}, no number. Measure the base "
+                             "first; if its loss is finite, lower the rate.")  # fmt: skip
+        self.losses[step] = loss
         if self._folder is not None and self._processes.first:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / _LOSSES, {"run": self._identity, "losses": self.losses})

@@ -90,6 +90,8 @@ def search_plan(
         around = probe.around({name: {form: candidates[name][form] for form in forms} for name, forms in near.items()},
                               best.weights(candidates))  # fmt: skip
         here = probe.of(best.weights(candidates))
+        if not here:  # nothing is lost that could be won back
+            break
         changes = {
             name: {best.formats[name]: 0.0, **{form: kl - here for form, kl in costs.items()}}
             for name, costs in around.items()

@@ -110,10 +110,15 @@ class _Planning:
         self.bits = options.allowed_bits or self._near_bits(carried_bits(options))
 
     def _near_bits(self, carried: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the carried bits around the target, with the next one on either side if it lies outside of them."""
+        """Return the carried bits around the target; all of them if those, tables included, do not reach it."""
         asked = self.target.budget_bits / self.weights
         near = [bits for bits in carried if asked - _FEWER <= bits <= asked + _MORE]
-        return tuple(near) if near and min(near) <= asked else carried
+        return tuple(near) if near and self._stored_bits(min(near)) <= self.target.budget_bits else carried
+
+    def _stored_bits(self, bits: int) -> int:
+        """Return what all planned linears take with so many bits."""
+        forms = [self.base.formats[name] for name in self.model.linears if name in self.base.formats]
+        return sum(replace(form, bits=bits).stored_bits(self.shapes[form.name]) for form in forms)
 
     def without_text(self) -> BitPlan:
         """Return the plan by relative errors."""

@@ -13,7 +13,8 @@ import torch
 
 from dwindle.adapters import Adapter, AdaptOptions, RecoverOptions, TaskOptions, adapt, read_task, recover
 from dwindle.adapters.adapt_options import AdaptStepOptions
-from dwindle.errors import OutputError, RecipeError
+from dwindle.adapters.early_stopping import BestAdapter
+from dwindle.errors import GateFailed, OutputError, RecipeError
 from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
 from dwindle.token_set import TokenSet
@@ -205,3 +206,9 @@ def test_a_place_in_other_use_is_left_alone_and_equal_adapters_have_equal_files(
     with pytest.raises(OutputError, match="is a file"):
         made.save(tmp_path / "b" / "thesis.txt")
     assert (tmp_path / "b" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_held_out_loss_that_is_no_number_fails_the_run(base: Any, tmp_path: Path) -> None:
+    best = BestAdapter(lambda _: float("nan"), 3, tmp_path / "run", "0")
+    with pytest.raises(GateFailed, match="the held-out loss after 0 steps is nan"):
+        best.start(base.model)

@@ -4,14 +4,15 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dwindle.errors import RecipeError
 from dwindle.quantize.bit_plan import BitPlan, rest_of
-from dwindle.quantize.bit_search import allocated_formats
-from dwindle.quantize.layer_plan import LayerPlan, ModelShapes, plan_layers
+from dwindle.quantize.bit_search import allocated_formats, search_plan
+from dwindle.quantize.layer_plan import LayerFormat, LayerPlan, ModelShapes, plan_layers
 from dwindle.quantize.options import QuantizeOptions
 from dwindle.quantize.sensitivity import Sensitivities, layer_choices
 from dwindle.quantize.step import run
@@ -185,3 +186,13 @@ def test_the_table_names_group_sizes_where_they_differ(known: Known) -> None:
     by_hand = {"schema": 1, "scheme": "palettize",
                "layers": [{"name": layer.format.name, "bits": 3} for layer in known.plan.layers]}  # fmt: skip
     assert "KL" not in known.read(by_hand).table()
+
+
+def test_a_plan_that_loses_nothing_is_not_searched_around() -> None:
+    forms = [LayerFormat("a", "integer", bits, 32) for bits in (4, 8)]
+    costs = Sensitivities("kl", {"a": {forms[0]: 0.2, forms[1]: 0.1}})
+    kl = SimpleNamespace(of=lambda _: 0.0, around=lambda near, _: {name: dict.fromkeys(found, 0.0)
+                                                                   for name, found in near.items()})  # fmt: skip
+    candidates: Any = {"a": dict.fromkeys(forms)}
+    found = search_plan(costs, candidates, {"a": (8, 32)}, 10**6, kl, kl)  # type: ignore[arg-type]
+    assert (found.formats["a"].bits, found.measured_kl) == (8, 0.0)

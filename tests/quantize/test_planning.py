@@ -66,6 +66,15 @@ def test_allowed_bits_are_kept(bundle: ModelBundle) -> None:
     assert {layer.format.bits for layer in found.layers} == {2, 6}
 
 
+@pytest.mark.parametrize(("scheme", "target"), [("integer", 8.2), ("palettize", 8.6)])
+def test_widths_whose_tables_pass_the_target_are_not_all_that_is_tried(
+    bundle: ModelBundle, scheme: Any, target: float
+) -> None:
+    found = plan(bundle, QuantizeOptions(scheme=scheme, target_bits_per_weight=target))
+    assert found.linear_bits_per_weight <= target
+    assert {layer.format.bits for layer in found.layers} - {8}
+
+
 def test_nothing_left_to_plan_is_refused(bundle: ModelBundle) -> None:
     for target in (3.5, None):
         with pytest.raises(RecipeError, match="keeps every linear float"):
