@@ -122,7 +122,7 @@ def main() -> None:
             for name, folder in artifacts.items():
                 theirs = measured(folder, options)
                 after = look(artifacts, lengths, given.threads)
-                for key in (*COMPARED, "processor_seconds"):
+                for key in (*COMPARED, *(["processor_seconds"] if given.threads == 1 else [])):
                     pair = (before[name][key] + after[name][key]) / 2, theirs[key]
                     found[name].setdefault(key, []).append(pair)
                 before = after

@@ -119,7 +119,8 @@ def taking_turns(
     for _ in range(_ROUNDS):
         for name, work in works.items():
             time.sleep(pause)
-            work()
+            for _ in range(counts[name] if pause else 1):  # threads that slept are at first on one core
+                work()
             start = clock()
             for _ in range(counts[name]):
                 work()
