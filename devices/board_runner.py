@@ -2,10 +2,10 @@
 
     python board_runner.py FOLDER --prompt-tokens 512 --decode-tokens 128 --repeats 5 [--runtime onnxruntime] ...
 
-This file imports nothing of dwindle: it is copied to boards and phones, where it needs Python 3.10 and the runtime it
-drives (`onnxruntime` with numpy, `onnxruntime_genai`, or Apple's `coreai`). It is always a fresh process, because peak
-memory is a property of a process: the state before the model is loaded is taken after the runtime is imported, and the
-peak counter is set back there where the system allows it (Linux).
+This file imports nothing of dwindle and stays one file, long as it is: it is copied to boards and phones, where it
+needs Python 3.10 and the runtime it drives (`onnxruntime` with numpy, `onnxruntime_genai`, or Apple's `coreai`). It is
+always a fresh process, because peak memory is a property of a process: the state before the model is loaded is taken
+after the runtime is imported, and the peak counter is set back there where the system allows it (Linux).
 
     {"event": "start", "runner": 1, "runtime": "onnxruntime 1.31.1", "machine": {...}}
     {"event": "loaded", "load_seconds": s, "context": tokens}
