@@ -229,7 +229,8 @@ def _passing(spec: str, by_row: _ByRow) -> tuple[list[Record], tuple[Skipped, ..
 
 def _choices(options: TaskOptions, values: Mapping[str, Any]) -> tuple[str, ...]:
     given = values.get(options.choices) if options.choices is not None else None
-    return tuple(str(choice).strip() for choice in given) if isinstance(given, list | tuple) else ()
+    texts = (str(choice).strip() for choice in given) if isinstance(given, list | tuple) else ()
+    return tuple(text for text in texts if _is_unicode(text))
 
 
 def _near(label: str, labels: Sequence[str]) -> str:
@@ -243,7 +244,14 @@ def _not_text(options: TaskOptions, values: Mapping[str, Any]) -> str | None:
     for column in dict.fromkeys(name for text in texts if text is not None for name in columns_of(text)):
         if isinstance(values.get(column), list | tuple | Mapping):
             return f"a {type(values[column]).__name__} in column {column!r}, where text is needed"
+        if isinstance(values.get(column), str) and not _is_unicode(values[column]):
+            return f"text in column {column!r} that is no Unicode: half of a surrogate pair"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for half of a surrogate pair, which JSON can spell and no tokenizer reads."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(template: str, values: Mapping[str, Any]) -> str:

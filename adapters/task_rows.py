@@ -72,6 +72,8 @@ def _json_line(line: str, place: str, columns: Sequence[str]) -> Row:
         return _row(json.loads(line), place, columns)
     except json.JSONDecodeError as error:
         return Row(place, {}, f"no JSON ({error.msg})")
+    except (ValueError, RecursionError):
+        return Row(place, {}, "no JSON that makes sense: nested too deeply, or a number of thousands of digits")
 
 
 def _row(value: Any, place: str, columns: Sequence[str]) -> Row:
@@ -90,6 +92,10 @@ def _json_list(path: Path, key: str) -> list[Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: no JSON ({error.msg}). One object a line is a .jsonl file.") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: a JSON number of thousands of digits, or nested too deeply. Mend it.") from error
     if isinstance(value, Mapping):
         if not key:
             keys = ", ".join(f"{path}::{name}" for name in value)

@@ -12,12 +12,14 @@ source of the recipe and has no weight there: it keeps its share of the bytes be
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dwindle.data.options import DataOptions
 from dwindle.errors import DataError
+from dwindle.typed_json import require_types
 
 __all__ = ["MANIFEST", "SPLITS", "licence_of", "of_corpus", "read_manifest", "role_folder", "split_folder"]
 
@@ -32,11 +34,53 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: a damaged manifest ({error}). Build the corpus again.") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != 1 or "splits" not in manifest:
         return None
+    try:
+        _check(manifest)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(f"{path}: a damaged manifest ({error}). Build the corpus again.") from error
     return manifest
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a split, as far as it is read again."""
+
+    path: str
+    source: str
+    bytes: int
+    licences_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Split:
+    documents: int
+    files: tuple[_File, ...]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    splits: Mapping[str, _Split]
+    weights: Mapping[str, float] | None
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    """Raise for a manifest without what is read, with other types there, or with files elsewhere."""
+    splits = {}
+    for name in SPLITS:
+        told = manifest["splits"][name]
+        files = [_File(**{key: one.get(key) for key in _FILE_KEYS}) for one in told["files"]]
+        for file in files:
+            if not isinstance(file.path, str) or Path(file.path).parent != Path(name) or "\\" in file.path:
+                raise ValueError(f"{name} has the file {file.path!r:.80}, which is none of {name}/")
+        splits[name] = _Split(told.get("documents"), tuple(files))
+    require_types(_Manifest(splits, manifest.get("weights")))
+
+
+_FILE_KEYS = tuple(field.name for field in fields(_File))
 
 
 def split_folder(folder: Path, split: str) -> Path:

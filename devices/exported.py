@@ -84,7 +84,7 @@ def _object(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UnsupportedModel(f"{path}: is not a JSON object ({error}). Export the model again.") from error
 
 

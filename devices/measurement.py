@@ -239,7 +239,7 @@ def read_measurements(run: Path) -> list[Measurement]:
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']!r}, needed {SCHEMA}")
             found.append(Measurement.from_json(data))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             damaged.append(f"{path} ({error})")
     if damaged:
         raise DataError(f"measurements that cannot be read: {', '.join(damaged)}. Measure again, or remove them.")

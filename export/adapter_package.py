@@ -79,7 +79,7 @@ def described(folder: Path) -> dict[str, Any]:
     """Return package.json of a folder; empty where there is none that can be read."""
     try:
         found: dict[str, Any] = json.loads((folder / PACKAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and found.get("schema") == _SCHEMA else {}
 

@@ -112,6 +112,11 @@ class CorpusOptions:
         if not self.sources:
             return ["sources: none (needed: at least one with name and place)"]
         wrong = []
+        sets = [one for stage in self.stages if isinstance(stage, Decontamination) for one in stage.sets]
+        if impossible := [one.name for one in (*self.sources, *sets) if _is_no_path(one.place)]:
+            return [
+                f"places that no file can have (a name of more than 255 bytes, or \\0 in it): {offenders(impossible)}"
+            ]
         names = Counter(one.name.lower() for one in self.sources)
         if twice := [name for name, number in names.items() if number > 1]:
             wrong.append(f"source names that stand more than once: {offenders(twice)}; give each source its own")
@@ -148,6 +153,10 @@ class CorpusOptions:
 
 def _matches(licence: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(licence.lower(), pattern.lower()) for pattern in patterns)
+
+
+def _is_no_path(place: str) -> bool:
+    return "\0" in place or any(len(part.encode(errors="replace")) > 255 for part in Path(place).parts)
 
 
 def _overlap(one: Path, other: Path) -> bool:

@@ -94,12 +94,17 @@ def _late(number: int, frame: FrameType | None) -> None:
 
 
 def classify(target: Target, data: bytes, watch: Watch, seconds: float = 10.0) -> str:
-    """Run one case; return "success" or the name of the DwindleError, raise Finding for anything else."""
+    """Run one case; return "success" or the name of the DwindleError, raise Finding for anything else.
+
+    `seconds` is of processor time; waiting may take 30 times as long, since a busy machine makes everything wait.
+    """
     from dwindle.errors import DwindleError
 
     watch.noted.clear()
-    previous = signal.signal(signal.SIGALRM, _late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = ((signal.SIGALRM, signal.ITIMER_REAL, 30 * seconds), (signal.SIGPROF, signal.ITIMER_PROF, seconds))
+    previous = [signal.signal(told, _late) for told, _, _ in timers]
+    for _, timer, most in timers:
+        signal.setitimer(timer, most)
     watch.on = True
     try:
         target.run(data)
@@ -115,8 +120,9 @@ def classify(target: Target, data: bytes, watch: Watch, seconds: float = 10.0) -
             raise
         raise Finding(f"{type(error).__name__}: {error!s:.300}") from error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for (told, timer, _), before in zip(timers, previous, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(told, before)
         watch.on = False
     if watch.noted:
         raise Finding(f"{outcome}, but: {'; '.join(watch.noted[:3])}")
@@ -144,11 +150,30 @@ ROUNDS = {"version": 1, "teacher": {"model": "a"}, "data": {"train": ["a.txt"]},
     {"prune_and_distill": {"rounds": 3, "prune": {"ffn_keep": 0.5}, "distill": {"tokens": 1000}}}]}  # fmt: skip
 
 
+CURRICULUM = {"version": 1, "teacher": {"model": "a"}, "data": {"train": ["a.txt"]}, "steps": [
+    {"distill": {"tokens": 1000, "data": {"train": ["a.txt"], "context": 32, "weights": [1.0]}}},
+    {"distill": {"tokens": 1000, "data": {"train": ["b.txt", "c.txt"], "weights": [3, "1.5"], "seed": 2}}}]}  # fmt: skip
+CORPUS = {
+    "version": 1, "name": "stories", "seed": 0, "folders": {"here": "/nowhere"},
+    "sources": [
+        {"name": "tales", "place": "{here}/tales.jsonl", "licence": "MIT", "text": "{a}: {b}", "weight": 2},
+        {"name": "code", "place": "{stdlib}", "licence": "CC-BY-4.0", "kind": "code", "exclude": ["test/*"],
+         "most_bytes": "2MB", "weight": 1},
+    ],
+    "licences": {"allowed": ["MIT", "CC-BY-*"], "forbidden": ["GPL-*"]},
+    "steps": ["normalization", {"language": {"keep": ["en"], "score": 0.5}}, {"quality": {"least_words": 10}},
+              {"near_duplicates": {"edited": 0.8}}, {"decontamination": {"shortest": 8, "common": 10, "sets": [
+                  {"name": "x", "place": "{here}/x.jsonl", "text": "q"}]}}, "personal_data"],
+    "splits": {"calibration": 0.01, "evaluation": 0.02}, "format": "jsonl.zst",
+}  # fmt: skip
+
+
 def _recipes() -> Iterator[Target]:
     import yaml
 
-    from dwindle.devices.budgets import parse_budgets
+    from dwindle.devices.budgets import parse_budgets, read_budgets
     from dwindle.distill.loss_spec import LossSpec
+    from dwindle.pipeline.corpus_recipe import load_corpus_recipe
     from dwindle.pipeline.option_values import parse_count
     from dwindle.pipeline.recipe import Recipe, parse_overrides
 
@@ -170,14 +195,26 @@ def _recipes() -> Iterator[Target]:
         with contextlib.suppress(ValueError):  # its contract
             parse_count(data.decode("utf-8", "replace"))
 
+    def budgets_file(data: bytes) -> None:
+        (folder / "budgets.yaml").write_bytes(data)
+        parse_budgets(read_budgets(folder / "budgets.yaml"))
+
+    def corpus(data: bytes) -> None:
+        (folder / "corpus.yaml").write_bytes(data)
+        load_corpus_recipe(folder / "corpus.yaml")
+
     def loss(data: bytes) -> None:
         LossSpec.of(data.decode("utf-8", "replace"))
 
-    seeds = tuple(yaml.safe_dump(one, sort_keys=False).encode() for one in (RECIPE, ROUNDS))
+    seeds = tuple(yaml.safe_dump(one, sort_keys=False).encode() for one in (RECIPE, ROUNDS, CURRICULUM))
     yield Target("recipe", "yaml", seeds, recipe, 400)
     yield Target("override", "bytes", (b"distill.tokens=20M", b"data.train=[a.txt]", b"teacher.model=x",
                                        b"prune.ffn_keep=0.5", b"quantize.apple.bits=4"), overrides, 200)  # fmt: skip
     yield Target("budget", "bytes", (b"tokens_per_second >= 30", b"peak_memory_bytes <= 1.5GB @ 512"), budgets)
+    lines, named = ["tokens_per_second >= 30", "peak_memory_bytes <= 1.5GB @ 512"], {"memory": "1.5GB"}
+    files = tuple(yaml.safe_dump(one).encode() for one in (lines, named, {"budgets": lines}))
+    yield Target("budgets file", "yaml", files, budgets_file, 15)
+    yield Target("corpus recipe", "yaml", (yaml.safe_dump(CORPUS, sort_keys=False).encode(),), corpus, 200)
     yield Target("number", "bytes", (b"20M", b"1.5GB", b"3e-4", b"1_000"), count)
     yield Target("loss", "bytes", (b"top1_blend=0.9", b"forward_kl", b"label_cross_entropy=0.1"), loss)
 
@@ -476,6 +513,55 @@ def _corpora() -> Iterator[Target]:
     yield Target("corpus .parquet", "bytes", (sink.getvalue(),), of("f.parquet"), 10)
 
 
+def _tasks() -> Iterator[Target]:
+    from dwindle.adapters import TaskOptions, read_task
+
+    folder = _folder()
+
+    def of(name: str, **parts: Any) -> Callable[[bytes], None]:
+        options = TaskOptions(name="t", data=(str(folder / name),), **parts)
+
+        def run(data: bytes) -> None:
+            (folder / name).write_bytes(data)
+            read_task(options, 0)
+
+        return run
+
+    rows = [{"prompt": f"say {i}", "completion": f"word {i}", "n": i, "label": ("a", "b")[i % 2]} for i in range(12)]
+    pairs = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)]
+    lines, preferences = (b"".join(_json(row) + b"\n" for row in some) for some in (rows, pairs))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["prompt", "completion", "n", "label"])
+    writer.writeheader()
+    writer.writerows(rows)
+    yield Target("task .jsonl", "jsonl", (lines,), of("a.jsonl", prompt="{prompt} {n}"), 6)
+    yield Target("task .json", "json", (_json(rows),), of("b.json"), 6)
+    yield Target("task .csv", "bytes", (table.getvalue().encode(),), of("c.csv", label="label"), 6)
+    yield Target("task of preferences", "jsonl", (preferences,), of("d.jsonl", chosen="chosen", rejected="rejected"), 6)
+
+
+def _corpus_folders() -> Iterator[Target]:
+    from dwindle.data.corpus_folder import licence_of, of_corpus, split_folder
+    from dwindle.data.options import DataOptions
+
+    folder = _folder()
+    entry = {"path": "train/a.jsonl", "source": "a", "bytes": 9, "documents": 1, "sha256": "c" * 64,
+             "licences_bytes": {"MIT": 9}}  # fmt: skip
+    splits = {name: {"documents": 1, "bytes": 9, "files": [{**entry, "path": f"{name}/a.jsonl"}]}
+              for name in ("train", "calibration", "evaluation")}  # fmt: skip
+    (folder / "train").mkdir()
+    (folder / "train" / "a.jsonl").write_text('{"text": "one"}\n')
+
+    def manifest(data: bytes) -> None:
+        (folder / "corpus.json").write_bytes(data)
+        split_folder(folder, "train")
+        licence_of(folder / "train" / "a.jsonl")
+        of_corpus(DataOptions(train=(str(folder),)))
+
+    whole = {"schema": 1, "name": "c", "seed": 0, "splits": splits, "weights": {"a": 1.0}}
+    yield Target("corpus manifest", "json", (_json(whole),), manifest, 4)
+
+
 def _caches(workshop: Path) -> Iterator[Target]:
     import shutil
 
@@ -510,6 +596,8 @@ def _caches(workshop: Path) -> Iterator[Target]:
 def _artifacts(workshop: Path) -> Iterator[Target]:
     import shutil
 
+    from dwindle.devices.exported import read_artifact
+    from dwindle.export.adapter_package import PACKAGE_FILE, described
     from dwindle.export.artefact import read_manifest
     from dwindle.export.mil_reader import read_functions
 
@@ -527,6 +615,21 @@ def _artifacts(workshop: Path) -> Iterator[Target]:
         specification.write_bytes(data)
         read_functions(place)
 
+    def exported(data: bytes) -> None:
+        place = folder / "exported"
+        if not place.exists():
+            shutil.copytree(workshop / "onnx", place)
+        (place / "manifest.json").write_bytes(data)
+        read_artifact(place)
+
+    def packaged(data: bytes) -> None:
+        (folder / PACKAGE_FILE).write_bytes(data)
+        described(folder)
+
+    package = {"schema": 1, "name": "a", "task": "t", "sha256": "c" * 64, "runtimes": {"onnx": {"file": "a"}}}
+    facts = (workshop / "onnx" / "manifest.json").read_bytes()
+    yield Target("exported folder", "json", (facts,), exported, 60)
+    yield Target("adapter package", "json", (_json(package),), packaged, 2)
     yield Target("artifact manifest", "json", ((workshop / "onnx" / "manifest.json").read_bytes(),), manifest, 2)
     yield Target("Core ML program", "bytes", (specification.read_bytes(),), mil, 50)
 
@@ -553,5 +656,5 @@ def targets(workshop: Path, scratch: Path) -> dict[str, Target]:
     """Return all targets by name; `workshop` is what `valid_files` made, cases are written below `scratch`."""
     _ROOT[:] = [scratch]
     made = [*_recipes(), *_devices(), *_checkpoints(workshop), *_plans(workshop), *_runs(workshop),
-            *_adapters(workshop), *_corpora(), *_caches(workshop), *_artifacts(workshop), *_whole_models(workshop)]  # fmt: skip
+            *_adapters(workshop), *_corpora(), *_tasks(), *_corpus_folders(), *_caches(workshop), *_artifacts(workshop), *_whole_models(workshop)]  # fmt: skip
     return {target.name: target for target in made}

@@ -797,10 +797,76 @@ def _names() -> Iterator[tuple[str, Case]]:
         )
 
 
+def _curation() -> Iterator[tuple[str, Case]]:
+    file = {"path": "train/a.jsonl", "source": "a", "bytes": 9, "licences_bytes": {"MIT": 9}}
+    split = {"documents": 1, "files": [file]}
+    whole = {"schema": 1, "splits": {"train": split, "calibration": {**split, "files": []},
+                                     "evaluation": {**split, "files": []}}, "weights": {"a": 1}}  # fmt: skip
+
+    def manifest(data: bytes) -> Callable[[Path, Path], None]:
+        def run(files: Path, work: Path) -> None:
+            from dwindle.data import DataOptions
+            from dwindle.data.corpus_folder import of_corpus
+
+            (work / "corpus.json").write_bytes(data)
+            of_corpus(DataOptions(train=(str(work),)))
+
+        return run
+
+    def changed(**changes: Any) -> bytes:
+        return json.dumps(
+            {**whole, "splits": {**whole["splits"], "train": {**split, "files": [{**file, **changes}]}}}
+        ).encode()
+
+    for what, data in (
+        ("is cut in half", json.dumps(whole).encode()[:40]), ("is nested 100,000 deep", b"[" * 100_000),
+        ("has splits that are a list", json.dumps({**whole, "splits": []}).encode()),
+        ("lacks a split", json.dumps({**whole, "splits": {"train": split}}).encode()),
+        ("has weights of words", json.dumps({**whole, "weights": {"a": "much"}}).encode()),
+        ("has a file without path", changed(path=None)), ("has a file elsewhere", changed(path="../../etc/passwd")),
+        ("has a file at an absolute path", changed(path="/etc/passwd")), ("has a file of another split", changed(path="evaluation/a.jsonl")),
+        ("has bytes of words", changed(bytes="nine")), ("has a source that is a list", changed(source=["a"])),
+        ("has licences that are a list", changed(licences_bytes=["MIT"])),
+    ):  # fmt: skip
+        yield f"corpus manifest: {what}", Case(manifest(data), r"corpus\.json: a damaged manifest")
+
+    def task(name: str, data: bytes) -> Callable[[Path, Path], None]:
+        def run(files: Path, work: Path) -> None:
+            from dwindle.adapters import TaskOptions, read_task
+
+            (work / name).write_bytes(data)
+            read_task(TaskOptions(name="t", data=(str(work / name),)), 0)
+
+        return run
+
+    good = b'{"prompt": "a", "completion": "b"}\n'
+    for what, name, data, expected in (
+        ("half of a surrogate pair", "a.jsonl", good + b'{"prompt": "\\ud800", "completion": "b"}', "no Unicode"),
+        ("a line nested 100,000 deep", "a.jsonl", good + b"[" * 100_000, "nested too deeply"),
+        ("a number of 5,000 digits", "a.jsonl", good + b'{"prompt": ' + b"9" * 5000 + b"}", "thousands of digits"),
+        ("a list nested 100,000 deep", "a.json", b"[" * 100_000, "nested too deeply"),
+        ("a list with a number of 5,000 digits", "a.json", b"[" + b"9" * 5000 + b"]", "thousands of digits"),
+    ):
+        yield f"task records: {what}", Case(task(name, data), expected)
+
+    def corpus(place: str) -> Callable[[Path, Path], None]:
+        def run(files: Path, work: Path) -> None:
+            from dwindle.pipeline.corpus_recipe import load_corpus_recipe
+
+            made = {"version": 1, "name": "c", "sources": [{"name": "a", "place": place}, {"name": "b", "place": "b"}]}
+            (work / "corpus.yaml").write_text(json.dumps(made))
+            load_corpus_recipe(work / "corpus.yaml")
+
+        return run
+
+    yield "corpus recipe: a place with a zero byte", Case(corpus("a\0b"), "places that no file can have")
+    yield "corpus recipe: a place of 5,000 letters", Case(corpus("a" * 5000), "places that no file can have")
+
+
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
     made = [*_configs(), *_weights(), *_shards(), *_tokenizers(), *_companions(), *_recipes(), *_profiles(), *_corpora(),
-            *_plans(), *_caches(), *_adapters(), *_runs(), *_names()]  # fmt: skip
+            *_plans(), *_caches(), *_adapters(), *_runs(), *_names(), *_curation()]  # fmt: skip
     found = dict(made)
     assert len(found) == len(made), "two cases have one name"
     for case in found.values():
