@@ -113,7 +113,8 @@ class CorpusOptions:
             return ["sources: none (needed: at least one with name and place)"]
         wrong = []
         sets = [one for stage in self.stages if isinstance(stage, Decontamination) for one in stage.sets]
-        if impossible := [one.name for one in (*self.sources, *sets) if _is_no_path(one.place)]:
+        places = [(one.name, one.place) for one in self.sources] + [(one.name, one.place) for one in sets]
+        if impossible := [name for name, place in places if _is_no_path(place)]:
             return [
                 f"places that no file can have (a name of more than 255 bytes, or \\0 in it): {offenders(impossible)}"
             ]
