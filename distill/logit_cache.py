@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dwindle.distill.bit_fields import MAX_FIELD_BITS
 from dwindle.distill.cache_shard import INDEX_BYTES, Hashes, Shard, window_hashes
 from dwindle.distill.sparse_targets import SparseTargets
 from dwindle.distill.window_codec import WindowCodec, WindowTokens
@@ -118,7 +119,7 @@ def _require_sane(made: CacheManifest) -> None:
     """Raise ValueError for a manifest whose numbers no writer writes: places in files follow from them."""
     sampling = made.sampling
     draws, always, temperature = sampling["draws"], sampling["always"], sampling["temperature"]
-    if not 1 < made.vocabulary <= 1 << 24 or not isinstance(draws, int) or not 1 <= draws < 1 << 24:
+    if not 1 < made.vocabulary <= 1 << MAX_FIELD_BITS or not isinstance(draws, int) or not 1 <= draws < 1 << 24:
         raise ValueError(f"vocabulary {made.vocabulary}, draws {draws!r}")
     if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature!r}")

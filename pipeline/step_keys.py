@@ -21,8 +21,9 @@ __all__ = ["code_sha256", "plain", "profile_sha256"]
 @functools.cache
 def code_sha256(*rooms: str) -> str:
     """Return a hash over the Python sources of the root package and the named rooms: the code version of a step."""
-    folders = [_folder("dwindle"), *(_folder(f"dwindle.{room}") for room in rooms)]
-    return hash_json([hash_file(path) for folder in folders for path in sorted(folder.glob("*.py"))])
+    root = sorted(_folder("dwindle").glob("*.py"))  # in an installed package the rooms are folders in it
+    inside = [path for room in rooms for path in sorted(_folder(f"dwindle.{room}").rglob("*.py"))]
+    return hash_json([hash_file(path) for path in root + inside])
 
 
 def _folder(package: str) -> Path:

@@ -20,6 +20,7 @@ from dwindle.pipeline.commands.shared import (
     made_options,
     memory_option,
     model_option,
+    model_place,
     notify,
     output_option,
     save,
@@ -180,6 +181,7 @@ def merge(folder: str, model: str, output: str, requantize: bool, keep_dtype: bo
     from dwindle.measure import Meter
     from dwindle.quantize.recode import recoded
 
+    model_place(output, model, folder)
     base = load(model)
     merged, record = room.merge(base, folder, exact=not keep_dtype, recode=recoded if requantize else None)
     if text is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from dwindle.pipeline.commands.shared import (
     made_options,
     memory_option,
     model_option,
+    model_place,
     notify,
     save,
     seed_option,
@@ -89,12 +89,10 @@ def distill(
 def _train(teacher: str | None, offload: bool, model: str, data: tuple[str, ...], output: str, text: str | None,
            options: Any, of_data: dict[str, Any], torch_device: str, as_json: bool) -> None:  # fmt: skip
     from dwindle import distill as room
-    from dwindle.bundle import require_model_place
     from dwindle.data import DataOptions, evaluation_set, training_set
     from dwindle.token_set import require_disjoint
 
-    place = Path(output)
-    require_model_place(place)
+    place = model_place(output, model, teacher)
     work = beside(place, "work")
     student = load(model, torch_device)
     of_train = made_options(DataOptions, {"train": data, "seed": options.seed, **of_data}, "data")

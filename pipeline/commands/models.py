@@ -19,6 +19,7 @@ from dwindle.pipeline.commands.shared import (
     made_options,
     memory_option,
     model_option,
+    model_place,
     notify,
     output_option,
     save,
@@ -66,7 +67,6 @@ def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None
     parameters and more are worked on layer by layer, unless the method needs the whole model in memory.
     """
     from dwindle import prune as room
-    from dwindle.bundle import require_model_place
     from dwindle.data import DataOptions, calibration_set, training_set, training_texts
     from dwindle.prune.folder_bundle import FolderBundle
     from dwindle.prune.plan_table import plan_table
@@ -81,7 +81,7 @@ def prune(model: str, output: str, keep: tuple[str, ...], byte_limit: str | None
     options = made_options(room.PruneOptions, values, "prune")
     given = room.KeepPlan.from_json(_read_json(plan_file)) if plan_file else None
     if not dry_run:
-        require_model_place(Path(output))
+        model_place(output, model, plan_file)
     bundle = _to_prune(model, options, torch_device)
     calibration = None
     if data:

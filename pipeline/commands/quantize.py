@@ -19,6 +19,7 @@ from dwindle.pipeline.commands.shared import (
     made_options,
     memory_option,
     model_option,
+    model_place,
     notify,
     output_option,
     save,
@@ -72,7 +73,6 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
     choose. Checkpoints of 500M parameters and more are worked on block by block.
     """
     from dwindle import quantize as room
-    from dwindle.bundle import require_model_place
     from dwindle.quantize.folder_step import needs_whole_model
     from dwindle.quantize.methods import require_calibration, require_effect
     from dwindle.weight_source import STREAMED_PARAMETERS, WeightSource
@@ -84,7 +84,7 @@ def quantize(model: str, output: str, data: tuple[str, ...], target: str | None,
             "quantize: --bits is for all layers alike, a target chooses each layer's. Give one of the two."
         )
     if not dry_run:
-        require_model_place(Path(output))
+        model_place(output, model, plan_file)
     method = options.method_used(bool(data))
     require_calibration(options, method, bool(data))
     require_effect(options, method)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dwindle.errors import RecipeError
+from dwindle.errors import OutputError, RecipeError
 from dwindle.pipeline.option_values import fill, parse_count
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "made_options",
     "memory_option",
     "model_option",
+    "model_place",
     "notify",
     "output_option",
     "put_setting",
@@ -104,6 +105,23 @@ def step_line(record: Any) -> str:
         f"{before.bytes:,} -> {after.bytes:,} bytes, "
         f"{before.bits_per_weight:.2f} -> {after.bits_per_weight:.2f} bits per weight{linears}, {record.seconds:.1f} s"
     )
+
+
+def model_place(output: str, *sources: str | None) -> Path:
+    """Return the folder to write a model to.
+
+    Raises OutputError where it holds something else than a model, or a model that is read: it would be lost.
+    """
+    from dwindle.bundle import require_model_place
+
+    place = Path(output)
+    read = [source for source in sources if source and Path(source).exists()]
+    if lost := [source for source in read if Path(source).resolve().is_relative_to(place.resolve())]:
+        raise OutputError(
+            f"-o {output} would replace what is read: {', '.join(lost)}. Choose another output; nothing was written."
+        )
+    require_model_place(place)
+    return place
 
 
 def writes() -> bool:

@@ -17,6 +17,7 @@ import pytest
 
 from dwindle.bundle import ModelBundle
 from dwindle.pipeline.cli import COMMANDS, cli, main
+from dwindle.storage import hash_folder
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -358,6 +359,20 @@ def test_an_output_that_holds_something_else_is_told_before_any_work(
                   ["distill", "-t", "none", "-d", train]):  # fmt: skip
         code, _, err = invoke(capsys, *words, "-m", "none", "-o", workshop)
         assert (code, "something else than a model" in err) == (2, True), err
+
+
+def test_an_output_that_is_read_is_not_replaced(
+    capsys: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(workshop / "teacher", model)
+    before = hash_folder(model)
+    for words in (["prune", "--keep", "ffn=0.5", "-m", model], ["quantize", "--scheme", "integer", "-m", model],
+                  ["distill", "-t", model, "-m", workshop / "teacher", "-d", workshop / "train.txt"],
+                  ["adapters", "merge", "none", "-m", model]):  # fmt: skip
+        code, _, err = invoke(capsys, *words, "-o", model)
+        assert (code, f"would replace what is read: {model}" in err) == (2, True), err
+    assert hash_folder(model) == before
 
 
 def test_a_path_that_the_system_refuses_is_no_traceback(
