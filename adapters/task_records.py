@@ -153,7 +153,8 @@ def _require_columns(options: TaskOptions, rows: Sequence[Row]) -> None:
         told = f" {len(broken):,} rows cannot be read: {offenders(broken, _SHOWN)}." if broken else ""
         raise DataError(
             f"task {options.name!r}: the schema does not match the data: {'; '.join(missing)}. The columns are "
-            f"{offenders(present) or 'none'}.{told} Declare the schema that fits."
+            f"{offenders(present) or 'none'}.{told} Declare the schema that fits: --prompt, --completion, ... "
+            "name a column each, or hold a template."
         )
 
 
