@@ -50,7 +50,7 @@ from dwindle.data.document import Document
 from dwindle.data.sources import read_documents
 
 _ALNUM = string.ascii_letters + string.digits
-SPEED_BYTES = 1_000_000
+SPEED_BYTES = 300_000
 LAMBADA = str(assets() / "data/eval/lambada_openai.jsonl"), "context"
 
 

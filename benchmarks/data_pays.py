@@ -209,19 +209,34 @@ def run(path: Path, models: Sequence[str], seeds: Sequence[int], rows: Sequence[
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Return a table per model: mean over seeds, and the spread of the seeds."""
+    """Return a table per model: mean over seeds, and the lowest and highest where there are several."""
     tables = []
     for model in dict.fromkeys(record["model"] for record in records):
-        lines = [f"**{model}**", "", "| trained on | nats/token | KL to the teacher | spread over seeds | seeds |",
-                 "|---|---|---|---|---|"]  # fmt: skip
+        setting = SETTINGS[model]
+        lines = [
+            f"**{model}**, {setting.ffn_keep:.0%} of its FFN, {told(setting.training)}",
+            "",
+            "| trained on | nats/token | lowest to highest | KL to the teacher | seeds |",
+            "|---|---|---|---|---|",
+        ]
         for row in ROWS:
             own = [record for record in records if (record["model"], record["row"]) == (model, row)]
             if own:
                 nats, kl = ([record[key] for record in own] for key in ("nats_per_token", "kl"))
-                lines.append(f"| {row} | {sum(nats) / len(nats):.4f} | {sum(kl) / len(kl):.4f} | "
-                             f"{max(nats) - min(nats):.4f} | {len(own)} |")  # fmt: skip
+                spread = f"{min(nats):.4f} to {max(nats):.4f}" if len(own) > 1 else "-"
+                numbers = f"{sum(nats) / len(nats):.4f} | {spread} | {sum(kl) / len(kl):.4f} | {len(own)}"
+                lines.append(f"| {row} | {numbers} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def told(training: Training) -> str:
+    """Return how students are trained, in words.
+
+    >>> told(Training(80, 4, 128, 1e-3))
+    '80 steps of 4 x 128 tokens at 0.001'
+    """
+    return f"{training.steps} steps of {training.batch} x {training.context} tokens at {training.learning_rate:g}"
 
 
 def main() -> None:
