@@ -108,6 +108,7 @@ def resident_weight_bytes(workload: Workload, runtime: str) -> Resident:
 
     A float16 matrix of 1,000 weights inside an ONNX graph: 4 bytes each once loaded, held 1.58 times meanwhile.
 
+    >>> from dwindle.devices.workload import LayerLoad
     >>> matrix = Workload((LayerLoad("q_proj", 1000, 2000, format="float16"),), 0, 8, 10, 2000)
     >>> held = resident_weight_bytes(matrix, "onnx")
     >>> held.loading[1], held.running[1]
