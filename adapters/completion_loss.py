@@ -22,13 +22,23 @@ __all__ = ["CompletionLoss"]
 class CompletionLoss:
     """The objective on rows of the completion layout (`task_tokens`)."""
 
+    def __init__(self, scales: tuple[float, float] | None = None, general: float = 0.0) -> None:
+        self._scales, self._general = scales, general
+
+    def over(self, batch: Tensor, pieces: int) -> CompletionLoss:
+        """Return the objective of one of `pieces` equal parts of `batch`, whose tokens are counted over all of it."""
+        general = batch[:, 1] == 0
+        tokens = batch[:, 0] - batch[:, 1].clamp(min=1)
+        counts = [int(tokens[rows].sum().clamp(min=1)) for rows in (~general, general)]
+        return CompletionLoss((pieces / counts[0], pieces / counts[1]), float(general.float().mean()))
+
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of `batch` [B, 2 + T] in nats per token; parts: that of the answers alone."""
-        sums, counts = self.sums(model, batch)
-        means = sums / counts.clamp(min=1)
-        general = (batch[:, 1] == 0).float().mean()
-        named = {"answers": float(means[0].detach())}
-        return means[0] * (1 - general) + means[1] * general, named
+        if self._scales is None:
+            return self.over(batch, 1).loss(model, batch)
+        sums, _ = self.sums(model, batch)
+        answers, general = sums[0] * self._scales[0], sums[1] * self._scales[1]
+        return answers * (1 - self._general) + general * self._general, {"answers": float(answers.detach())}
 
     def sums(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of the loss over the tokens of answers and of general text [2], and their numbers [2]."""

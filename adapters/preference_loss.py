@@ -15,6 +15,7 @@ Windows of general text (replay) count as in `completion_loss`: their share of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,33 @@ def reference_log_probs(model: nn.Module, rows: Tensor, batch_size: int) -> Tens
     return torch.cat(found)
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """What the sums over one part of a batch are multiplied with, so that the mean over its parts is the batch's."""
+
+    pair: float
+    chosen_token: float
+    replayed_token: float
+    general: float
+    """Share of general text among the rows."""
+
+    @classmethod
+    def of(cls, batch: Tensor, pieces: int) -> _Scales:
+        pair = batch[:, 1] > 0
+        tokens = batch[:, 2] - batch[:, 1].clamp(min=1)
+        counts = [int(found.sum().clamp(min=1)) for found in (pair, tokens * pair, tokens * ~pair)]
+        return cls(*(pieces / count for count in counts), 1 - float(pair.float().mean()))
+
+
 class PreferenceLoss:
     """The objective on rows of the preference layout (`task_tokens`)."""
 
-    def __init__(self, reference: Tensor, beta: float, nll_weight: float = 0.0) -> None:
-        self._reference, self._beta, self._nll_weight = reference, beta, nll_weight
+    def __init__(self, reference: Tensor, beta: float, nll_weight: float = 0.0, scales: _Scales | None = None) -> None:
+        self._reference, self._beta, self._nll_weight, self._scales = reference, beta, nll_weight, scales
+
+    def over(self, batch: Tensor, pieces: int) -> PreferenceLoss:
+        """Return the objective of one of `pieces` equal parts of `batch`, whose pairs are counted over all of it."""
+        return PreferenceLoss(self._reference, self._beta, self._nll_weight, _Scales.of(batch, pieces))
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
         """Return the mean loss over the pairs; parts: the mean reward margin, and the share of pairs ranked rightly.
@@ -55,17 +78,16 @@ class PreferenceLoss:
         With windows of general text among them it is (1 - g) times that, and g times their loss per token, g their
         share of the rows. They run in the same passes, so that every process of a launch calls the model alike.
         """
+        scales = self._scales or _Scales.of(batch, 1)
         ids, starts, lengths = preference_sides(batch)
         chosen, rejected = sequence_log_probs(model, ids, starts, lengths).view(2, -1)
         pair = batch[:, 1] > 0
-        pairs = pair.sum().clamp(min=1)
         reference = self._reference.to(batch.device)[batch[:, 0]]
         margin = self._beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1])) * pair
-        loss = -(nn.functional.logsigmoid(margin) * pair).sum() / pairs
-        tokens = batch[:, 2] - starts[: len(batch)]
+        loss = -(nn.functional.logsigmoid(margin) * pair).sum() * scales.pair
         if self._nll_weight:
-            loss = loss - self._nll_weight * (chosen * pair).sum() / (tokens * pair).sum().clamp(min=1)
-        general = 1 - pair.float().mean()
-        replayed = -(chosen * ~pair).sum() / (tokens * ~pair).sum().clamp(min=1)
+            loss = loss - self._nll_weight * (chosen * pair).sum() * scales.chosen_token
+        replayed = -(chosen * ~pair).sum() * scales.replayed_token
         told = {"margin": margin.sum(), "ranked": (margin > 0).sum()}
-        return loss * (1 - general) + replayed * general, {name: float(v.detach() / pairs) for name, v in told.items()}
+        parts = {name: float(v.detach()) * scales.pair for name, v in told.items()}
+        return loss * (1 - scales.general) + replayed * scales.general, parts

@@ -51,6 +51,7 @@ from dwindle.train_options import TrainOptions
 from dwindle.window_order import WindowOrder
 
 __all__ = [
+    "CountedObjective",
     "Evaluate",
     "NextToken",
     "Objective",
@@ -85,6 +86,15 @@ class SteppedObjective(Objective, Protocol):
 
     def at(self, step: int, steps: int) -> Objective:
         """Return the objective of optimizer step `step` (0-based) of `steps`: a pure function, so a run can resume."""
+        ...
+
+
+@runtime_checkable
+class CountedObjective(Objective, Protocol):
+    """An objective whose mean runs over something that rows hold unequal numbers of, such as the tokens of answers."""
+
+    def over(self, batch: Tensor, pieces: int) -> Objective:
+        """Return the objective of one of `pieces` equal parts of `batch`: the mean over them is the loss of all."""
         ...
 
 
@@ -167,6 +177,8 @@ class _Run:
         objective = self.objective
         if isinstance(objective, SteppedObjective):
             objective = objective.at(step, self.steps)
+        if isinstance(objective, CountedObjective):
+            objective = objective.over(self.tokens.ids[windows].long(), self.pieces.count * world)
         pieces = windows.view(self.pieces.count, world, -1)[:, rank]
         total, parts = 0.0, dict[str, float]()
         for index, piece in enumerate(pieces):

@@ -17,6 +17,8 @@ from dwindle.adapters.task_options import TaskOptions
 from dwindle.adapters.task_records import Record, TaskRecords
 from dwindle.adapters.task_tokens import Encoded, Encoder, completion_rows, preference_rows, tokenised
 from dwindle.errors import DataError, RecipeError, UnsupportedModel
+from dwindle.token_set import TokenSet
+from dwindle.train import Objective, TrainOptions, train
 
 Factory = Callable[..., Any]
 TASK = TaskOptions("echo", ("a.jsonl",))
@@ -98,6 +100,30 @@ def test_replay_has_its_share_of_dpo_too(tiny_bundle: Factory) -> None:
     assert mixed_parts == pytest.approx(parts, abs=1e-5)
     only_text = objective.loss(bundle.model, mixed[6:])[0]
     assert only_text.item() == pytest.approx(float(of_text), abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["completions", "preferences"])
+def test_a_batch_in_pieces_gives_the_same_update(tiny_bundle: Factory, objective: str) -> None:
+    """Answers are of unequal lengths, and replay falls into one piece only: a mean of the pieces' means is another."""
+    general = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+    ended = []
+    for pieces in (1, 2, 4):
+        bundle = tiny_bundle(seed=1)
+        if objective == "completions":
+            rows: TokenSet = completion_rows(bundle, encoded(bundle, TASK, *SOME), general)
+            loss: Objective = CompletionLoss()
+        else:
+            rows = preference_rows(bundle, encoded(bundle, PAIRS, *TWO), general)
+            reference = reference_log_probs(tiny_bundle(seed=2).model, rows.ids, 8)
+            loss = PreferenceLoss(reference, beta=0.2, nll_weight=0.3)
+        options = TrainOptions(steps=2, batch_size=8, gradient_accumulation=pieces, learning_rate=1e-2, log_every=1)
+        told = train(bundle.model, loss, rows, options)
+        ended.append((torch.cat([p.detach().flatten() for p in bundle.model.parameters()]), told.history))
+    (weights, lines), *others = ended
+    for other, other_lines in others:
+        assert (other - weights).abs().max() < 1e-4  # AdamW's first steps are rate * sign(g) where g is near zero
+        assert other_lines[0].loss == pytest.approx(lines[0].loss, abs=1e-5)
+        assert other_lines[0].parts == pytest.approx(lines[0].parts, abs=1e-5)
 
 
 def test_dpo_begins_at_log_two_and_its_gradient_raises_the_chosen(tiny_bundle: Factory) -> None:
