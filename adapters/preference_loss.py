@@ -58,8 +58,8 @@ class _Scales:
     def of(cls, batch: Tensor, pieces: int) -> _Scales:
         pair = batch[:, 1] > 0
         tokens = batch[:, 2] - batch[:, 1].clamp(min=1)
-        counts = [int(found.sum().clamp(min=1)) for found in (pair, tokens * pair, tokens * ~pair)]
-        return cls(*(pieces / count for count in counts), 1 - float(pair.float().mean()))
+        pairs, chosen, replayed = (int(n.sum().clamp(min=1)) for n in (pair, tokens * pair, tokens * ~pair))
+        return cls(pieces / pairs, pieces / chosen, pieces / replayed, 1 - float(pair.float().mean()))
 
 
 class PreferenceLoss:
