@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from markupsafe import Markup
 
@@ -113,14 +113,24 @@ def _rows(source: Any) -> tuple[LayerRow, ...]:
 
 def _row(name: str, raw: Mapping[str, Any]) -> LayerRow | None:
     shape = raw.get("shape")
-    parameters = raw.get("parameters") or (math.prod(shape) if isinstance(shape, list | tuple) else None)
+    whole = (
+        isinstance(shape, list | tuple) and len(shape) < 9 and all(isinstance(n, int) and _is_number(n) for n in shape)
+    )
+    parameters = raw.get("parameters") or (math.prod(shape) if whole else None)  # type: ignore[arg-type]
     size = raw.get("bytes")
-    if not isinstance(parameters, int) or not isinstance(size, int | float) or parameters < 1:
+    if not isinstance(parameters, int) or not _is_number(parameters) or not _is_number(size) or parameters < 1:
         return None
     error = raw.get("relative_mse")
     bits = raw.get("bits_per_weight", 8 * size / parameters)
-    known_error = float(error) if isinstance(error, int | float) else None
+    if not _is_number(bits):
+        return None
+    known_error = float(error) if _is_number(error) else None
     return LayerRow(name, _format(raw), parameters, int(size), float(bits), error=known_error)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value of a foreign report is a number that can be counted with."""
+    return isinstance(value, int | float) and abs(value) < 1e30
 
 
 def _format(raw: Mapping[str, Any]) -> str:

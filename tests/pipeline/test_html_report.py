@@ -247,3 +247,12 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert 2 <= len(ticks) <= 7
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
+
+
+@pytest.mark.parametrize("changes", [{"shape": [{}, 2]}, {"bytes": []}, {"bits_per_weight": {}}, {"parameters": 10**400},
+                                     {"shape": [10**20] * 3}])  # fmt: skip
+def test_a_layer_of_a_foreign_report_that_makes_no_sense_is_no_row(changes: dict[str, Any]) -> None:
+    from dwindle.pipeline.layer_tables import _rows
+
+    good = {"shape": [4, 8], "bytes": 16}
+    assert [row.name for row in _rows({"good": good, "odd": {**good, **changes}})] == ["good"]
