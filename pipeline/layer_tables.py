@@ -113,10 +113,8 @@ def _rows(source: Any) -> tuple[LayerRow, ...]:
 
 def _row(name: str, raw: Mapping[str, Any]) -> LayerRow | None:
     shape = raw.get("shape")
-    whole = (
-        isinstance(shape, list | tuple) and len(shape) < 9 and all(isinstance(n, int) and _is_number(n) for n in shape)
-    )
-    parameters = raw.get("parameters") or (math.prod(shape) if whole else None)  # type: ignore[arg-type]
+    known = isinstance(shape, list | tuple) and 0 < len(shape) < 9 and all(map(_is_number, shape))
+    parameters = raw.get("parameters") or (math.prod(shape or ()) if known else None)
     size = raw.get("bytes")
     if not isinstance(parameters, int) or not _is_number(parameters) or not _is_number(size) or parameters < 1:
         return None

@@ -251,7 +251,7 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
 
 @pytest.mark.parametrize("changes", [{"shape": [{}, 2]}, {"bytes": []}, {"bits_per_weight": {}}, {"parameters": 10**400},
                                      {"shape": [10**20] * 3}])  # fmt: skip
-def test_a_layer_of_a_foreign_report_that_makes_no_sense_is_no_row(changes: dict[str, Any]) -> None:
+def test_a_layer_of_a_foreign_report_that_makes_no_sense_is_no_row(changes: dict[str, object]) -> None:
     from dwindle.pipeline.layer_tables import _rows
 
     good = {"shape": [4, 8], "bytes": 16}
