@@ -116,7 +116,7 @@ def _row(name: str, raw: Mapping[str, Any]) -> LayerRow | None:
     known = isinstance(shape, list | tuple) and 0 < len(shape) < 9 and all(map(_is_number, shape))
     parameters = raw.get("parameters") or (math.prod(shape or ()) if known else None)
     size = raw.get("bytes")
-    if not isinstance(parameters, int) or not _is_number(parameters) or not _is_number(size) or parameters < 1:
+    if not _is_number(parameters) or not isinstance(parameters, int) or not _is_number(size) or parameters < 1:
         return None
     error = raw.get("relative_mse")
     bits = raw.get("bits_per_weight", 8 * size / parameters)
