@@ -1,6 +1,7 @@
 """What adapters cost in ONNX Runtime: the swap, and every decoded token.
 
-    python benchmarks/adapters_runtime.py [--rounds 15] [--steps 24] [--threads 2] [--rank 16] [--work FOLDER]
+    python benchmarks/adapters_runtime.py [--rounds 15] [--steps 24] [--threads 2] [--rank 16] [--targets q v]
+                                           [--work FOLDER]
 
 The model is that of `onnx_decode.py`: 168 million random weights, 4-bit integers, embedding and head included,
 activations of the products in int8, the fused form. Three sessions in one process take short turns, so that a busy
@@ -8,7 +9,7 @@ machine slows all of them alike:
 
     bare      the model exported without inputs for adapters
     ready     exported with them, and none in use
-    adapted   the same session with an adapter of rank 16 on all linears
+    adapted   the same session with an adapter of rank 16 on all linears, or on the targets named
 
 A round decodes some tokens in each, in an order that turns from round to round. Reported are medians of tokens/s, and
 medians of the rounds' ratios to `bare`: of wall time, and of processor time, which is what a busy machine distorts
@@ -49,16 +50,18 @@ def packed_model(work: Path) -> Any:
     return ModelBundle.load(work / "packed")
 
 
-def adapter_of(bundle: Any, folder: Path, rank: int, seed: int) -> None:
-    """Write a packaged-to-be adapter with random weights on all linears: the folder of PEFT's files and the card."""
+def adapter_of(bundle: Any, folder: Path, rank: int, seed: int, targets: tuple[str, ...]) -> None:
+    """Write a packaged-to-be adapter with random weights on the targets: the folder of PEFT's files and the card."""
     from dwindle.adapters import Adapter, AdapterCard, AdapterOptions
-    from dwindle.adapters.attach import adapter_config
+    from dwindle.adapters.attach import adapter_config, target_names
 
-    names = bundle.anatomy.linear_names()
+    names = target_names(bundle, targets, rank)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(bundle.anatomy.layers):
         for part, name in bundle.anatomy.parts(layer).items():
+            if name not in names:
+                continue
             outputs, inputs = bundle.anatomy.linear_shape(layer, part)
             for leaf, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
                 tensors[f"base_model.model.{name}.lora_{leaf}.weight"] = (
@@ -67,7 +70,7 @@ def adapter_of(bundle: Any, folder: Path, rank: int, seed: int) -> None:
     Adapter(config, tensors, AdapterCard("random", bundle.content_sha256, "benchmark")).save(folder)
 
 
-def exported(work: Path, rank: int, activations: str) -> tuple[Path, Path]:
+def exported(work: Path, rank: int, activations: str, targets: tuple[str, ...] = ("all",)) -> tuple[Path, Path]:
     """Write both graphs and package two adapters; return the two folders."""
     from dataclasses import replace
 
@@ -77,7 +80,7 @@ def exported(work: Path, rank: int, activations: str) -> tuple[Path, Path]:
     from dwindle.export.onnx_graph import export_onnx
     from dwindle.export.options import ExportOptions
 
-    bare, ready = work / f"bare-{activations}", work / f"ready-{activations}-{rank}"
+    bare, ready = work / f"bare-{activations}", work / f"ready-{activations}-{rank}-{'-'.join(targets)}"
     if ready.exists():
         return bare, ready
     bundle = packed_model(work)
@@ -87,8 +90,9 @@ def exported(work: Path, rank: int, activations: str) -> tuple[Path, Path]:
     export_onnx(bundle, bare, options)
     products = export_onnx(bundle, ready, replace(options, adapter_inputs="lora"))
     for seed, name in enumerate(("a", "b")):
-        adapter_of(bundle, work / f"trained-{rank}" / name, rank, seed)
-        (carried,) = carried_adapters(bundle, [work / f"trained-{rank}" / name])
+        trained = work / f"trained-{rank}-{'-'.join(targets)}" / name
+        adapter_of(bundle, trained, rank, seed, targets)
+        (carried,) = carried_adapters(bundle, [trained])
         write_adapter_files(carried, ready / name)
         write_adapter_file(ready / name / ADAPTER_FILE, packed_arrays(products, adapter_factors(carried, None)),
                            bundle.content_sha256)  # fmt: skip
@@ -115,12 +119,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--activations", default="int8", choices=("int8", "float32"))
+    parser.add_argument("--targets", nargs="+", default=["all"], help="Parts that the adapter changes.")
     parser.add_argument("--work", type=Path, help="Folder for models and exports; kept.")
     options = parser.parse_args()
     scratch = None if options.work else tempfile.TemporaryDirectory()
     work = options.work or Path(scratch.name)  # type: ignore[union-attr]
     work.mkdir(parents=True, exist_ok=True)
-    bare, ready = exported(work, options.rank, options.activations)
+    bare, ready = exported(work, options.rank, options.activations, tuple(options.targets))
     runners = {name: OnnxRunner(bare if name == "bare" else ready, threads=options.threads) for name in ROWS}
     adapted = runners["adapted"]
     loads, busy_loads = [], []
@@ -149,7 +154,7 @@ def main() -> None:
                 seconds[name].append(value)
     result: dict[str, Any] = {
         "rank": options.rank, "threads": options.threads, "activations": options.activations,
-        "model_bytes": sum(path.stat().st_size for path in bare.iterdir()),
+        "targets": options.targets, "model_bytes": sum(path.stat().st_size for path in bare.iterdir()),
         "adapter_bytes": (ready / "a" / "adapter.onnx_adapter").stat().st_size,
         "load_ms": statistics.median(loads), "load_processor_ms": statistics.median(busy_loads),
         "activate_ms": statistics.median(activates),
