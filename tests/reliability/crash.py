@@ -288,7 +288,7 @@ class _Reference:
 def _one_run(place: Path, reference: _Reference, rng: random.Random, story: _Story) -> None:
     """Start, end and start again until the run finishes."""
     operations, told = reference.operations, reference.told
-    step = max(2, operations // rng.choice((3, 6, 12, 25)))
+    step = first = max(2, operations // rng.choice((3, 6, 12, 25)))
     for _ in range(200):
         kind = rng.choice(ENDINGS)
         late = kind == "late kill"
@@ -308,6 +308,7 @@ def _one_run(place: Path, reference: _Reference, rng: random.Random, story: _Sto
         if (fault := _judge(kind, code, text)) is not None:
             story.faults.append(f"{place.name}: {fault}:\n{text[-1500:]}")
         story.ends[kind] += 1
+        step = first if _records(place).keys() > before.keys() else round(1.2 * step) + 1  # else a long step never ends
         print(f"  {place.name}: {kind} at {at or 'a random time'}, exit code {code}", flush=True)
     else:
         story.faults.append(f"{place.name}: did not finish in 200 starts")
