@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from dwindle.checkpoint_reader import TensorReader
-from dwindle.errors import RecipeError, UnsupportedModel
+from dwindle.errors import DwindleError, RecipeError, UnsupportedModel
 from dwindle.sharding import Processes
 from dwindle.storage import atomic_folder, hash_file, hash_json, read_json, write_json
 
@@ -143,6 +143,8 @@ class Checkpoints:
                 yield
             except CheckpointException as error:
                 first = next(iter(error.failures.values()))[0]
+                if not isinstance(first, Exception) or isinstance(first, DwindleError):
+                    raise first from None  # Ctrl-C, SIGTERM or --max-memory in the middle of it
                 raise RuntimeError(str(first)) from first
 
     def _places(self) -> list[Path]:
