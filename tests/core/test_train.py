@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -228,6 +228,27 @@ def test_a_loss_that_runs_away_ends_the_run_before_it_is_saved(tmp_path: Path) -
     assert train(tiny.TinyModel(), tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path).steps == 12
     free = replace(options, divergence_margin=None)
     assert train(tiny.TinyModel(), Climbing(), tiny.tiny_tokens(), free).steps == 12
+
+
+def test_ctrl_c_in_a_checkpoint_is_ctrl_c_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch wraps whatever ends its writing; wrapped, the command would end with 1 in place of 130."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    options, write, written = replace(tiny.OPTIONS, checkpoint_every=3), FileSystemWriter.write_data, []
+
+    def second_is_cut_off(*given: Any) -> Any:
+        written.append(given)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write(*given)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", second_is_cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.TinyModel(), tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert train(tiny.TinyModel(), tiny.TinyLoss(), tiny.tiny_tokens(), options, folder=tmp_path).steps == 12
 
 
 def test_activation_checkpointing_gives_the_same_bits_and_keeps_less() -> None:
