@@ -26,6 +26,7 @@ __all__ = [
     "atomic_folder",
     "beside",
     "disk_is_full",
+    "explained",
     "folder_bytes",
     "hash_file",
     "hash_folder",
@@ -110,7 +111,7 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(place: Path) -> Iterator[None]:
+def explained(place: Path) -> Iterator[None]:
     """Turn the operating system's refusals into an OutputError that names the place and the remedy."""
     try:
         yield
@@ -138,7 +139,7 @@ def _explained(place: Path) -> Iterator[None]:
 def atomic_file(place: Path) -> Iterator[Path]:
     """Yield a path beside `place` to write to; on success it replaces `place`, on any error it is removed."""
     partial = _partial(place)
-    with _explained(place):
+    with explained(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         try:
@@ -159,7 +160,7 @@ def atomic_folder(place: Path) -> Iterator[Path]:
     OutputError if another process is writing the same place.
     """
     partial, old = _partial(place), beside(place, "old")
-    with contextlib.ExitStack() as held, _explained(place):
+    with contextlib.ExitStack() as held, explained(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         if partial.is_dir() and not partial.is_symlink():
             with _locked_folder(partial, place):
@@ -236,7 +237,7 @@ def write_json(place: Path, data: Any) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Add lines to a log. A line that a kill cut off before is ended first, so that it spoils no other."""
-    with _explained(path), path.open("a+b") as handle:
+    with explained(path), path.open("a+b") as handle:
         if handle.tell() > 0:
             handle.seek(-1, os.SEEK_END)
             if handle.read(1) != b"\n":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.errors import OutputError, offenders
-from dwindle.storage import append_text, atomic_folder, hash_folder, hash_json, lock, read_json, write_json
+from dwindle.storage import append_text, atomic_folder, explained, hash_folder, hash_json, lock, read_json, write_json
 
 __all__ = ["RunFolder"]
 
@@ -50,11 +50,9 @@ class RunFolder:
         `identity` is what makes two runs the same run (teacher); other options may change between runs.
         """
         self.require_own(identity)
-        try:
+        with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Choose another output.") from error
         try:
             _lock(handle, self.path)
             self.require_own(identity)  # again: another run may have come and gone since

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -21,6 +23,20 @@ def test_an_empty_or_own_folder_is_taken(tmp_path: Path) -> None:
     for _ in range(2):
         with RunFolder(tmp_path / "run").locked(IDENTITY):
             pass
+
+
+def test_a_full_disk_is_told_with_its_remedy_before_there_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with (
+        pytest.raises(OutputError, match=r"no space left.* Free some space"),
+        RunFolder(tmp_path / "r").locked(IDENTITY),
+    ):
+        pass
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
