@@ -21,33 +21,15 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dwindle.errors import DoesNotFit
-from dwindle.resources import limit_memory
+from dwindle.resources import held_bytes, limit_memory
 
-__all__ = ["MemoryLimitReached", "held_bytes", "memory_held_to"]
+__all__ = ["MemoryLimitReached", "memory_held_to"]
 
 _LOOK_SECONDS, _CHILDREN_SECONDS, _AGAIN_SECONDS, _PATIENCE_SECONDS = 0.02, 0.5, 1.0, 5.0
 
 
 class MemoryLimitReached(DoesNotFit, MemoryError):
     """More memory is held than `--max-memory` allows."""
-
-
-def held_bytes(process_id: int) -> int:
-    """Return the bytes a process holds that the system cannot take back; 0 if there is no such process.
-
-    Raises nothing: where the system does not tell mapped files apart, they count as held.
-    """
-    try:
-        with open(f"/proc/{process_id}/statm", encoding="ascii") as file:
-            _, resident, of_files, *_ = map(int, file.read().split())
-        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        import psutil
-
-        try:
-            return int(psutil.Process(process_id).memory_info().rss)
-        except psutil.Error:
-            return 0
 
 
 class _Watch(threading.Thread):

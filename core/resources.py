@@ -8,13 +8,21 @@ so that a refusal says what to change.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from dwindle.errors import DoesNotFit
 
-__all__ = ["available_memory_bytes", "is_out_of_memory", "limit_memory", "memory_limit_bytes", "require_memory"]
+__all__ = [
+    "available_memory_bytes",
+    "held_bytes",
+    "is_out_of_memory",
+    "limit_memory",
+    "memory_limit_bytes",
+    "require_memory",
+]
 
 _log = logging.getLogger("dwindle")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -22,13 +30,31 @@ _limit: list[int] = []
 
 
 def limit_memory(most_bytes: int | None) -> None:
-    """Hold this process to `most_bytes` of resident memory in what is refused beforehand; None lifts the limit."""
+    """Hold this process to `most_bytes` of held memory in what is refused beforehand; None lifts the limit."""
     _limit[:] = [] if most_bytes is None else [most_bytes]
 
 
 def memory_limit_bytes() -> int | None:
     """Return the limit that was set, if any."""
     return _limit[0] if _limit else None
+
+
+def held_bytes(process_id: int) -> int:
+    """Return the bytes a process holds that the system cannot take back; 0 if there is no such process.
+
+    Raises nothing: where the system does not tell mapped files apart, they count as held.
+    """
+    try:
+        with open(f"/proc/{process_id}/statm", encoding="ascii") as file:
+            _, resident, of_files, *_ = map(int, file.read().split())
+        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        import psutil
+
+        try:
+            return int(psutil.Process(process_id).memory_info().rss)
+        except psutil.Error:
+            return 0
 
 
 def available_memory_bytes() -> int:
@@ -40,7 +66,7 @@ def available_memory_bytes() -> int:
         most = int((_CGROUP / "memory.max").read_text())
         left.append(max(0, most - int((_CGROUP / "memory.current").read_text())))
     if _limit:
-        left.append(max(0, _limit[0] - int(psutil.Process().memory_info().rss)))
+        left.append(max(0, _limit[0] - held_bytes(os.getpid())))
     return min(left)
 
 
