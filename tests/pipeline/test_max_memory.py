@@ -57,6 +57,8 @@ def test_a_training_that_cannot_fit_is_refused_before_it_begins(
     assert not (tmp_path / "out").exists()
 
 
+# The end may come between the opening of a file and its `with`, as Ctrl-C may: the collector closes it then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_a_run_over_it_ends_and_goes_on(
     recipe_of: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
