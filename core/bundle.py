@@ -23,7 +23,7 @@ import torch
 
 from dwindle.anatomy import Anatomy, anatomy_of, check_model
 from dwindle.checkpoint_files import read_config
-from dwindle.errors import GateFailed, OutputError, offenders
+from dwindle.errors import GateFailed, offenders
 from dwindle.experts import name_expert_count, stored_layout
 from dwindle.lineage import LINEAGE_FILE, Lineage
 from dwindle.model_source import (
@@ -35,7 +35,7 @@ from dwindle.model_source import (
     warn_remote_code,
 )
 from dwindle.report import Measurement
-from dwindle.storage import atomic_folder, beside, hash_file, hash_json, require_space, write_json
+from dwindle.storage import atomic_folder, hash_file, hash_json, require_place, require_space, write_json
 from dwindle.tokenizer_files import load_tokenizer, name_generic_tokenizer, tokenizer_sha256
 from dwindle.torch_device import usable_device
 from dwindle.vocabulary_map import VocabularyMap
@@ -269,14 +269,4 @@ def not_storable(names: Sequence[str], dtype: torch.dtype) -> GateFailed:
 
 def require_model_place(folder: Path) -> None:
     """Raise OutputError unless `folder` is absent, empty, or holds nothing but a model's files."""
-    beside(folder, "partial")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is a file. Choose another output folder; nothing was written.")
-    foreign = sorted(
-        p.name for p in folder.iterdir() if p.is_dir() or not any(p.match(pattern) for pattern in _MODEL_FILES)
-    )
-    if foreign or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        held = offenders(foreign or sorted(p.name for p in folder.iterdir()), limit=5)
-        raise OutputError(f"{folder} holds something else than a model ({held}). Choose another output, or empty it.")
+    require_place(folder, "config.json", "a model", _MODEL_FILES)

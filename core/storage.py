@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,19 @@ def beside(place: Path, ending: str) -> Path:
     return place.with_name(f".{place.name}.{ending}")
 
 
-def require_place(place: Path, mark: str, what: str) -> None:
+def require_place(place: Path, mark: str | None, what: str, files: Collection[str] | None = None) -> None:
     """Raise OutputError unless `place`, which is to be replaced whole, is free, empty or an earlier `what`.
 
-    An earlier one holds the file `mark`.
+    An earlier one holds the file `mark` and nothing but files that match the patterns `files`, where these are given.
     """
-    if place.is_file():
-        raise OutputError(f"{place} is a file. Choose another output folder; nothing was written.")
-    if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
-        held = offenders(sorted(path.name for path in place.iterdir()), limit=5)
-        raise OutputError(f"{place} holds something else than {what} ({held}). Choose another output, or empty it.")
     beside(place, "partial")
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file. Choose another output folder; nothing was written.")
+    held = sorted(place.iterdir()) if place.exists() else []
+    foreign = [path for path in held if files is not None and (path.is_dir() or not any(map(path.match, files)))]
+    if foreign or (held and mark is not None and not (place / mark).is_file()):
+        shown = offenders([path.name for path in foreign or held], limit=5)
+        raise OutputError(f"{place} holds something else than {what} ({shown}). Choose another output, or empty it.")
 
 
 def _partial(place: Path) -> Path:

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dwindle import storage
 from dwindle.data.curation.stage_count import StageCount
 from dwindle.data.document import Document
 from dwindle.data.synthesis.kinds import kind_of
 from dwindle.data.synthesis.options import SynthesisOptions
 from dwindle.data.synthesis.step import empty_error
-from dwindle.errors import OutputError, offenders
 from dwindle.storage import atomic_folder, hash_file, write_json, write_text
 from dwindle.tokenization import encode_plain
 
@@ -31,12 +31,7 @@ _FILES = {"synthetic.jsonl", "card.json", "card.md"}
 
 def require_place(place: Path) -> None:
     """Raise OutputError unless the place is free or holds an earlier synthesis."""
-    if place.is_file():
-        raise OutputError(f"{place} is a file. Choose another output folder; nothing was written.")
-    foreign = sorted(p.name for p in place.iterdir() if p.name not in _FILES) if place.exists() else []
-    if foreign:
-        raise OutputError(f"{place} holds something else than a synthesis ({offenders(foreign, limit=5)}). "
-                          "Choose another output, or empty it.")  # fmt: skip
+    storage.require_place(place, None, "a synthesis", _FILES)
 
 
 def write_synthesis(
