@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dwindle.adapter_card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterCard
 from dwindle.errors import DataError, UnsupportedModel
+from dwindle.storage import read_json
 
 __all__ = ["catalogue", "catalogue_table", "comparison", "comparison_table", "described"]
 
@@ -18,7 +18,7 @@ def described(folder: Path) -> dict[str, Any]:
     """Return card, rank, kind, targets and bytes of one adapter folder; raise UnsupportedModel if it is none."""
     card = AdapterCard.read(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
         size = (folder / WEIGHTS_FILE).stat().st_size
         kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
         return {"name": folder.name, "task": card.task, "rank": config["r"], "kind": kind, "bytes": size,

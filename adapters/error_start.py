@@ -10,9 +10,19 @@ codes stay as they are):
 
     min |(E - s B A) X|^2         E H^(1/2) = U diag(sigma) V^T     s B A = U_r diag(sigma_r) V_r^T H^(-1/2)
 
-with H = X X^T / mean of its diagonal + damping. It costs a pass over the text for every layer, one layer's H in memory,
-and an eigendecomposition for each width. Weighting by the diagonal of H alone is no better than `error` where the
-codes were chosen by H already (`docs/experiments.md`).
+`fisher` takes the divergence that the error of a linear causes, to second order, with the Fisher information of its
+weights as a Kronecker product of input and gradient moments (K-FAC, Martens and Grosse 2015, arXiv 1503.05671):
+
+    KL ~ 1/2 tr(F E H E^T)        F^(1/2) E H^(1/2) = U diag(sigma) V^T
+                                  s B A = F^(-1/2) U_r diag(sigma_r) V_r^T H^(-1/2)
+
+with F = G G^T / mean of its diagonal + damping, G the gradients of -log p(y) at the outputs of the unquantized model
+for tokens y drawn from its own predictions, and H of its inputs. So it counts where an error goes, not its size alone:
+as a start it closes half of what 2 bits opened on pycode-6m, `outputs` 29 % (`docs/experiments.md`).
+
+`outputs` costs a pass over the text for every layer, `fisher` a pass and its way back; both keep one layer's moments in
+memory and take an eigendecomposition for each. Weighting by the diagonal of H alone is no better than `error` where the
+codes were chosen by H already.
 """
 
 from __future__ import annotations
@@ -23,16 +33,15 @@ import torch
 from torch import Tensor
 
 from dwindle.adapters.attach import NAME, adapter_tensors
-from dwindle.evaluation_mode import evaluating
+from dwindle.adapters.linear_moments import divergence_moments, input_moments
 
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["largest_errors", "largest_output_errors"]
+__all__ = ["largest_divergences", "largest_errors", "largest_output_errors"]
 
 _TOKENS = 16_384
-"""Tokens of the training text that the inputs are taken from."""
-_BATCH_TOKENS = 2_048
+"""Tokens of the training text that moments are taken from."""
 _DAMPING = 0.1
 
 
@@ -42,10 +51,7 @@ def largest_errors(
     """Return A and B whose product is the best rank-r part of what quantization changed in each linear."""
     tensors = adapter_tensors(adapted.model)
     for name in names:
-        rank, scale = _shape(adapted, name)
-        left, sigma, right = torch.linalg.svd(_error(bundle, teacher, name), full_matrices=False)
-        root = sigma[:rank].sqrt()
-        _put(tensors, name, root[:, None] * right[:rank], left[:, :rank] * root / scale)
+        _put(tensors, adapted, name, _error(bundle, teacher, name))
     return tensors
 
 
@@ -53,71 +59,47 @@ def largest_output_errors(
     bundle: ModelBundle, teacher: ModelBundle, adapted: ModelBundle, names: list[str], ids: Tensor
 ) -> dict[str, Tensor]:
     """Return A and B whose product repairs most of each linear's outputs on the windows `ids` [N, T]."""
-    tensors, wanted = adapter_tensors(adapted.model), set(names)
-    count = max(1, _TOKENS // ids.shape[1])
-    ids = ids[:: max(1, len(ids) // count)][:count]
-    for layer in range(bundle.anatomy.layers):
-        for together, moment in _second_moments(bundle, set(bundle.anatomy.parts(layer).values()) & wanted, ids):
-            moment = moment / moment.diagonal().mean().clamp(min=1e-30)
-            values, vectors = torch.linalg.eigh(moment + _DAMPING * torch.eye(len(moment), dtype=moment.dtype))
-            root = (vectors * values.sqrt()) @ vectors.T
-            inverse = (vectors / values.sqrt()) @ vectors.T
-            for name in together:
-                rank, scale = _shape(adapted, name)
-                left, sigma, right = torch.linalg.svd(_error(bundle, teacher, name) @ root, full_matrices=False)
-                size = sigma[:rank].sqrt()
-                _put(tensors, name, size[:, None] * right[:rank] @ inverse, left[:, :rank] * size / scale)
+    tensors, ids = adapter_tensors(adapted.model), _some(ids)
+    for layer in _by_layer(bundle, names):
+        for row in input_moments(bundle, layer, ids):
+            inputs = _Root(row.inputs)
+            for name in row.names:
+                _put(tensors, adapted, name, _error(bundle, teacher, name), inputs=inputs)
     return tensors
 
 
-class _Seen(Exception):
-    """Every linear of the layer was called."""
+def largest_divergences(
+    bundle: ModelBundle, teacher: ModelBundle, adapted: ModelBundle, names: list[str], ids: Tensor
+) -> dict[str, Tensor]:
+    """Return A and B whose product takes away most of the divergence from the teacher on the windows `ids` [N, T]."""
+    tensors, ids = adapter_tensors(adapted.model), _some(ids)
+    for layer in _by_layer(bundle, names):
+        for row in divergence_moments(teacher, layer, ids):
+            inputs = _Root(row.inputs)
+            for name in row.names:
+                _put(tensors, adapted, name, _error(bundle, teacher, name),
+                     inputs=inputs, outputs=_Root(row.gradients.pop(name)))  # fmt: skip
+    return tensors
 
 
-def _second_moments(bundle: ModelBundle, names: set[str], ids: Tensor) -> list[tuple[list[str], Tensor]]:
-    """Return X X^T of the linears' inputs in float64, once for those that read the same one, with their names."""
-    found: list[tuple[list[str], Tensor]] = []
-    seen: list[tuple[Tensor, int]] = []
-    left = set(names)
+class _Root:
+    """Symmetric square root of a moment [n, n] (diagonal's mean set to 1, damped), and the inverse of the root."""
 
-    def look(name: str, read: Tensor) -> None:
-        place = next((place for tensor, place in seen if tensor is read), None)
-        if place is None:
-            place = len({at for _, at in seen})
-            rows = read.detach().flatten(0, -2).float()
-            product = (rows.T @ rows).double().cpu()
-            if place == len(found):
-                found.append(([], torch.zeros_like(product)))
-            found[place][1].add_(product)
-            seen.append((read, place))
-        if name not in found[place][0]:
-            found[place][0].append(name)
-        left.discard(name)
-        if not left:
-            raise _Seen
-
-    hooks = [bundle.model.get_submodule(name).register_forward_hook(
-                 lambda module, given, out, name=name: look(name, given[0])) for name in sorted(names)]  # fmt: skip
-    model: Any = bundle.model
-    try:
-        with torch.no_grad(), evaluating(model):
-            for part in torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1])) if names else ():
-                left = set(names)
-                seen.clear()
-                part = part.to(model.device, torch.long)
-                try:
-                    model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
-                except _Seen:
-                    continue
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    def __init__(self, moment: Tensor) -> None:
+        moment = moment / moment.diagonal().mean().clamp(min=1e-30)
+        values, vectors = torch.linalg.eigh(moment + _DAMPING * torch.eye(len(moment), dtype=moment.dtype))
+        self.root = (vectors * values.sqrt()) @ vectors.T
+        self.inverse = (vectors / values.sqrt()) @ vectors.T
 
 
-def _shape(adapted: ModelBundle, name: str) -> tuple[int, float]:
-    layer: Any = adapted.model.get_submodule(name)
-    return layer.r[NAME], layer.scaling[NAME]
+def _by_layer(bundle: ModelBundle, names: list[str]) -> list[set[str]]:
+    wanted = set(names)
+    return [set(bundle.anatomy.parts(layer).values()) & wanted for layer in range(bundle.anatomy.layers)]
+
+
+def _some(ids: Tensor) -> Tensor:
+    count = max(1, _TOKENS // ids.shape[1])
+    return ids[:: max(1, len(ids) // count)][:count]
 
 
 def _error(bundle: ModelBundle, teacher: ModelBundle, name: str) -> Tensor:
@@ -132,6 +114,19 @@ def _dense(bundle: ModelBundle, name: str) -> Tensor:
     return dense
 
 
-def _put(tensors: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+def _put(
+    tensors: dict[str, Tensor], adapted: ModelBundle, name: str, error: Tensor,
+    inputs: _Root | None = None, outputs: _Root | None = None,
+) -> None:  # fmt: skip
+    """Store A and B of the best rank-r part of an error as it is weighed, each with half of its size."""
+    layer: Any = adapted.model.get_submodule(name)
+    rank, scale = layer.r[NAME], layer.scaling[NAME]
+    error = error if inputs is None else error @ inputs.root
+    error = error if outputs is None else outputs.root @ error
+    left, sigma, right = torch.linalg.svd(error, full_matrices=False)
+    size = sigma[:rank].sqrt()
+    b, a = left[:, :rank] * size / scale, size[:, None] * right[:rank]
+    a = a if inputs is None else a @ inputs.inverse
+    b = b if outputs is None else outputs.inverse @ b
     tensors[f"base_model.model.{name}.lora_A.weight"] = a.float().contiguous()
     tensors[f"base_model.model.{name}.lora_B.weight"] = b.float().contiguous()

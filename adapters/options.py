@@ -12,7 +12,7 @@ from dwindle.train_options import TrainOptions
 __all__ = ["AdapterOptions", "Kind", "RecoverOptions", "Start"]
 
 Kind = Literal["lora", "rslora", "dora"]
-Start = Literal["zero", "error", "outputs"]
+Start = Literal["zero", "error", "outputs", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class RecoverOptions(AdapterOptions):
     start: Start | None = None
     """`zero`: the adapter begins without effect. `error`: with the best rank-r part of what quantization changed
     in each linear (its largest singular values), as LoftQ does. `outputs`: with the part that repairs most of what the
-    linears give out on some of the text; slower to make. None: `error`, but for dora, which begins at zero."""
+    linears give out on some of the text, as QERA does. `fisher`: with the part that takes away most of the divergence
+    on it; a pass and its way back for every layer. None: `fisher`, but for dora, which begins at zero."""
     temperature: float = 1.0
     """Temperature of teacher and student in the KL."""
 
@@ -95,6 +96,6 @@ class RecoverOptions(AdapterOptions):
         """Return where the adapter begins.
 
         >>> RecoverOptions().begins, RecoverOptions(kind="dora").begins
-        ('error', 'zero')
+        ('fisher', 'zero')
         """
-        return self.start or ("zero" if self.kind == "dora" else "error")
+        return self.start or ("zero" if self.kind == "dora" else "fisher")

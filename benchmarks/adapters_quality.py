@@ -65,7 +65,7 @@ class Recovery:
 RECOVERY = {
     "stories260K": Recovery(300, 8, 256, 5e-3, tuple((bits, rank) for bits in BITS for rank in RANKS)),
     "pycode-6m": Recovery(300, 4, 256, 8e-4, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32)),
-                          {"start": "outputs", "schedule": "cosine", "warmup_share": 0.1}),
+                          {"schedule": "cosine", "warmup_share": 0.1}),
 }  # fmt: skip
 TASKS = ("starter", "banking77", "clinc150")
 KINDS = ("float", "quantized", "recovered", "from recovery", "from scratch", "full fine-tuning")

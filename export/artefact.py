@@ -19,7 +19,6 @@ A manifest holds no time and no path of the machine: exporting the same bundle t
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from dwindle.errors import OutputError
 from dwindle.model_source import quiet_transformers
 from dwindle.quantized_model import packed_specs
 from dwindle.report import Parity, Skipped
-from dwindle.storage import hash_file, write_json
+from dwindle.storage import hash_file, read_json, write_json
 from dwindle.weights import spec_bits
 
 __all__ = ["MANIFEST_FILE", "manifest_of", "model_facts", "read_manifest", "require_artifact_place", "versions_of",
@@ -65,7 +64,7 @@ def require_artifact_place(folder: Path, kind: str) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of an artifact folder, or raise OutputError if there is none to read."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
         if manifest["schema"] != SCHEMA or not isinstance(manifest["format"], str):
             raise ValueError(f"schema {manifest['schema']!r}, format {manifest['format']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,6 @@ in the manifest, and the parity check pools them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from dwindle.anatomy import FAMILIES
 from dwindle.checkpoint_files import inspect_checkpoint, read_config
 from dwindle.errors import UnsupportedModel, offenders
 from dwindle.model_source import find_folder, quiet_transformers
+from dwindle.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,6 +191,6 @@ def _longest(folder: Path) -> int | None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise UnsupportedModel(f"{path} is no valid JSON ({error}). Copy or download the folder again.") from error

@@ -40,8 +40,8 @@ __all__ = ["adapters", "recover"]
 @output_option
 @click.option("--rank", help="Rank of the change of each linear.  [default: 16]")
 @click.option("--kind", help="lora, rslora or dora.  [default: lora]")
-@click.option("--start", help="zero; error: the largest part of what quantization changed in the "
-              "weights; outputs: in what they give out on the text.  [default: error]")  # fmt: skip
+@click.option("--start", help="zero, or the largest part of what quantization changed; error: in the weights; "
+              "outputs: in what they give out on the text; fisher: in the predictions.  [default: fisher]")  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="PART", help="q, k, v, o, gate, up, down or a module's "
               "name; may be given several times.  [default: all]")  # fmt: skip
 @click.option("--tokens", help="Tokens to train on, as in 2M.  [default: the text once]")

@@ -109,7 +109,7 @@ def test_tensors_of_another_shape_are_refused(tiny_bundle: Factory) -> None:
     [
         (AdapterOptions, {"rank": 0, "alpha": -1.0, "kind": "vera", "dropout": 1.0, "targets": ()},
          r"rank=0 .*alpha=-1.0 .*kind='vera' .*targets=\[\] .*dropout=1.0"),
-        (RecoverOptions, {"start": "svd"}, r"start='svd' \(needed: zero, error, outputs"),
+        (RecoverOptions, {"start": "svd"}, r"start='svd' \(needed: zero, error, outputs, fisher"),
         (RecoverOptions, {"start": "error", "kind": "dora"}, "start='error' with kind='dora'"),
         (RecoverOptions, {"temperature": 0.0}, "temperature=0.0"),
     ],

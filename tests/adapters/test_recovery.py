@@ -40,7 +40,7 @@ def pair(tiny_bundle: Factory) -> tuple[Any, Any]:
     return teacher, quantized(teacher, QuantizeOptions(scheme="palettize", bits=2))[0]
 
 
-@pytest.mark.parametrize("start", ["zero", "error", "outputs"])
+@pytest.mark.parametrize("start", ["zero", "error", "outputs", "fisher"])
 def test_an_adapter_recovers_and_comes_back_from_its_folder(pair: tuple[Any, Any], tmp_path: Path, start: str) -> None:
     teacher, base = pair
     held_out = tokens(base, windows=64).ids[32:]

@@ -147,6 +147,9 @@ def test_a_reopened_artifact_runs_and_anything_else_is_refused(tiny_bundle: Call
     torch.testing.assert_close(export.open_artifact(tmp_path / "onnx").step(ids), expected, rtol=0, atol=1e-4)
     with pytest.raises(OutputError, match="no readable manifest"):
         export.open_artifact(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 90_000)
+    with pytest.raises(OutputError, match="nested too deeply"):
+        export.open_artifact(tmp_path)
     (tmp_path / "onnx" / "model.onnx").unlink()
     with pytest.raises(OutputError, match=r"holds no model\.onnx"):
         export.open_artifact(tmp_path / "onnx")

@@ -770,6 +770,7 @@ def _runs() -> Iterator[tuple[str, Case]]:
 
     for what, change, expected in (
         ("has no manifest that can be read", _write("manifest.json", b"{"), "manifest.json"), ("has a manifest that is a list", _write("manifest.json", b"[]"), "manifest.json"),
+        ("has a manifest nested deeply", _write("manifest.json", b"[" * 90_000), "manifest.json"),
         ("has no parameters", _edit("manifest.json", lambda m: m.pop("parameters")), "manifest.json"), ("has a context that is a word", _edit("manifest.json", lambda m: m.update(context_length="x")), "manifest.json"),
         ("has 0 parameters", _edit("manifest.json", lambda m: m.update(parameters=0)), "manifest.json"), ("has bytes that are a list", _edit("manifest.json", lambda m: m.update(bytes=[1])), "manifest.json"),
         ("is of an unknown format", _edit("manifest.json", lambda m: m.update(format="magic")), "magic"), ("has a format with a path", _edit("manifest.json", lambda m: m.update(format="../x")), "cannot be executed"),

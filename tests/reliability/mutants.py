@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
     "core/bit_packing.py": ["tests/core/test_bit_packing.py"],
     "quantize/kmeans.py": ["tests/quantize/test_kmeans.py"],
+    "core/divergence.py": ["tests/core/test_divergence.py", "tests/distill/test_losses.py"],
     "distill/losses.py": ["tests/distill/test_losses.py"],
+    "distill/row_losses.py": ["tests/distill/test_losses.py"],
+    "distill/loss_mix.py": ["tests/distill/test_losses.py", "tests/distill/test_fused_loss.py"],
+    "distill/fused_loss.py": ["tests/distill/test_fused_loss.py"],
     "prune/soft_top_k.py": ["tests/prune/test_soft_top_k.py"],
     "export/parity.py": ["tests/export/test_parity.py"],
 }
