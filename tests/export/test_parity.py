@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dwindle.errors import DataError, GateFailed, RecipeError
-from dwindle.export.parity import ParityLimits, decode_parity, parity_prompts, require_parity
+from dwindle.export.parity import _TEXT, Comparison, ParityLimits, decode_parity, parity_prompts, require_parity
 from dwindle.quantized_model import QuantizedLinear, apply_quantized_weights
 from dwindle.report import Artifact, Parity
 from dwindle.token_set import TokenSet
+from dwindle.tokenization import encode
 from dwindle.weights import AffineWeight
 
 
@@ -26,6 +27,7 @@ class StockRunner:
                  position_offset: int = 0) -> None:  # fmt: skip
         self.bundle, self.wrong, self.offset = bundle, wrong, position_offset
         self.calls: list[int] = []
+        self.fed: list[Tensor] = []
         self.reset()
 
     def reset(self) -> None:
@@ -34,6 +36,7 @@ class StockRunner:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         self.calls.append(ids.shape[1])
+        self.fed.append(ids)
         start = self.length + (self.offset if self.length else 0)
         out = self.bundle.model(input_ids=ids, past_key_values=self.cache, use_cache=True,
                                 position_ids=torch.arange(start, start + ids.shape[1])[None])  # fmt: skip
@@ -55,6 +58,84 @@ def test_an_equal_runner_passes_with_one_prefill_and_single_steps(tiny_bundle: C
     assert runner.calls == ([16] + [1] * 32) * 2
     assert parity.max_abs_logit_error <= 1e-5
     assert 0 <= parity.kl_nats_per_token <= 1e-10
+
+
+def test_the_text_goes_on_with_what_the_artifact_finds_likeliest(tiny_bundle: Callable[..., Any]) -> None:
+    runner = StockRunner(tiny_bundle("llama"), lambda logits: logits * -1)
+    (prompt,) = parity_prompts(runner.bundle, 1, 8)
+    decode_parity(runner.bundle, runner, [prompt], 3)
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            text = torch.cat(runner.fed[:count], dim=1)
+            assert int(runner.fed[count]) == int(runner.bundle.model(text).logits[0, -1].argmin())
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(1, [1]), (3, [1, 1, 1]), (5, [1] * 5), (9, [5] + [1] * 4)])
+def test_a_longest_text_is_fed_in_a_piece_and_its_last_tokens_one_by_one(
+    length: int, pieces: list[int], tiny_bundle: Callable[..., Any]
+) -> None:
+    runner, ids = StockRunner(tiny_bundle("llama")), torch.arange(97, 97 + length)[None]
+    parity = decode_parity(runner.bundle, runner, parity_prompts(runner.bundle, 1, 6), 2, longest=ids)
+    assert runner.calls == [6, 1, 1, *pieces]
+    assert torch.equal(torch.cat(runner.fed[3:], dim=1), ids)
+    assert parity.passed
+    assert (parity.tokens_checked, parity.longest_tokens) == (8 + length, length)
+    assert decode_parity(runner.bundle, runner, parity_prompts(runner.bundle, 1, 6), 2).longest_tokens == 0
+
+
+def test_a_longest_text_is_cut_at_256_tokens(tiny_bundle: Callable[..., Any]) -> None:
+    runner = StockRunner(tiny_bundle("llama", max_position_embeddings=1024))
+    ids = torch.arange(600)[None] % 250
+    assert decode_parity(runner.bundle, runner, [ids[:, :4]], 0, longest=ids).tokens_checked == 604
+    assert runner.calls == [4, 256, 256, 84, 1, 1, 1, 1]
+
+
+def test_a_runner_that_is_wrong_at_the_last_position_alone_is_caught(tiny_bundle: Callable[..., Any]) -> None:
+    runner, ids = StockRunner(tiny_bundle("llama")), torch.arange(97, 137)[None]
+    runner.wrong = lambda logits: logits + (runner.length == 40) * torch.arange(logits.shape[1])
+    assert decode_parity(runner.bundle, runner, [ids[:, :8]], 4).passed
+    assert not decode_parity(runner.bundle, runner, [ids[:, :8]], 4, longest=ids).passed
+
+
+LIMITS = ParityLimits(logit_error_share=0.1, kl_nats_per_token=0.5, top1_agreement=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "passed"),
+    [
+        ({}, LIMITS, True),  # each number stands at its limit
+        ({"largest_error": 1.01}, LIMITS, False),
+        ({"kl_sum": 4.1}, LIMITS, False),
+        ({"agreeing": 3}, LIMITS, False),
+        ({"finite": False}, LIMITS, False),
+        ({"largest_error": 1.9}, replace(LIMITS, logit_error_floor=1.9), True),
+        ({"largest_error": 2.0}, replace(LIMITS, logit_error_floor=1.9), False),
+        ({"largest_error": 0.99}, replace(LIMITS, logit_error_floor=0.5), True),
+    ],
+)
+def test_every_limit_decides_alone(change: dict[str, Any], limits: ParityLimits, passed: bool) -> None:
+    base = Comparison(tokens=8, agreeing=4, kl_sum=4.0, largest_error=1.0, largest_logit=10.0)
+    verdict = replace(base, **change).verdict(limits, "torch", 0)
+    assert verdict.passed is passed
+    assert verdict.limits["max_abs_logit_error"] == max(0.1 * 10.0, limits.logit_error_floor)
+
+
+def test_the_limits_are_those_of_the_docs() -> None:
+    assert asdict(ParityLimits()) == {"logit_error_share": 5e-4, "kl_nats_per_token": 1e-8, "top1_agreement": 0.98,
+                                      "logit_error_floor": 0.0}  # fmt: skip
+    assert ParityLimits(0, 0, 1, 0).top1_agreement == 1
+
+
+def test_pieces_of_both_sides_need_not_fall_together() -> None:
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    found = logits + 0.25
+    found[33, 2] += 3
+    comparison = Comparison()
+    comparison.add(iter(torch.split(logits, [17, 3, 20])), torch.split(found, [1, 30, 9]))
+    assert comparison.tokens == 40
+    assert comparison.largest_error == pytest.approx(3.25, abs=1e-5)
+    assert comparison.largest_logit == pytest.approx(float(logits.abs().max()))
+    assert comparison.agreeing == int((logits.argmax(-1) == found.argmax(-1)).sum())
 
 
 @pytest.mark.parametrize(
@@ -128,6 +209,9 @@ def test_prompts_come_from_the_evaluation_set_or_a_fixed_text(tiny_bundle: Calla
     assert fixed[0][0, 0] == bundle.tokenizer.bos_token_id
     assert not torch.equal(fixed[0], fixed[1])
     assert parity_prompts(bundle, 1, 4000)[0].shape == (1, 4000)
+    assert [int(p[0, 0]) for p in parity_prompts(bundle, 2, 10, evaluation(10))] == [0, 0]
+    ids = torch.tensor(encode(bundle.tokenizer, _TEXT))
+    assert torch.equal(fixed[1][0], ids.repeat(2)[len(ids) - 16 : len(ids)])  # no longer than it has to be
     with pytest.raises(DataError, match="has 9 tokens, a prompt needs 10"):
         parity_prompts(bundle, 1, 10, evaluation(9))
     with pytest.raises(DataError, match="has the role 'train'"):

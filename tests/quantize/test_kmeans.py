@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dwindle.quantize import kmeans
+from dwindle.quantize.bins import sorted_bins
 from dwindle.quantize.kmeans import assign_nearest, fit_centres, squared_errors
 
 Values = Any
@@ -179,3 +181,41 @@ def test_equal_centres_are_harmless() -> None:
     centres = np.array([[0.0, 0.0, 1.0, 1.0]])
     found = assign_nearest(np.array([[0.1, 0.9]], dtype=np.float32), centres)
     assert np.take_along_axis(centres, found.astype(int), 1).tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_round_finds_the_best_of_all_cuts_within_its_windows(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "_REACH", 2)
+    values = np.sort(np.random.default_rng(6).exponential(size=40)).astype(np.float32)
+    fine = sorted_bins(values[None], None, np.zeros((1, 1)))
+    begun = np.array([[0, 9, 18, 31, 40]])
+    moved = kmeans._windowed_cuts(fine, begun, np.full((1, 3), stride))[0]
+
+    def cost(cuts: tuple[int, ...]) -> float:
+        return sum(run_cost(values[a:b].astype(np.float64), np.ones(b - a)) for a, b in pairwise((0, *cuts, 40)))
+
+    windows = [[cut + stride * step for step in range(-2, 3)] for cut in begun[0, 1:-1].tolist()]
+    ways = [cuts for cuts in product(*windows) if list(cuts) == sorted(cuts) and 0 <= cuts[0] and cuts[-1] <= 40]
+    assert moved[0] == 0
+    assert moved[-1] == 40
+    assert tuple(moved[1:-1]) == min(ways, key=cost)
+
+
+def test_strides_reach_the_allowed_cuts_on_either_side_and_hardly_further() -> None:
+    allowed, places = np.array([[0, 10, 47, 50, 100, 101]]), np.array([[0, 1, 2, 4, 5]])
+    gaps = [37, 37, 50]  # from 10, 47 and 100 to the farther neighbour
+    for stride, gap in zip(kmeans._strides(allowed, places)[0].tolist(), gaps, strict=True):
+        assert (stride - 1) * kmeans._REACH < gap <= stride * kmeans._REACH
+    assert kmeans._strides(np.array([[0, 1, 2]]), np.array([[0, 1, 2]])).tolist() == [[1]]
+
+
+@pytest.mark.parametrize("begun", [[0, 150, 200, 250, 600], [0, 100, 300, 598, 600]])
+def test_cuts_that_begin_elsewhere_arrive_where_no_round_moves_them(begun: list[int]) -> None:
+    values = np.sort(np.random.default_rng(8).laplace(size=600)).astype(np.float32)
+    fine = sorted_bins(values[None], None, np.zeros((1, 1)))
+    found = kmeans._fine_cuts(fine, np.array([begun]), np.full((1, 3), 40))
+    again = kmeans._windowed_cuts(fine, found.copy(), np.ones((1, 3), dtype=np.int64))
+    assert np.array_equal(found, again)
+    cuts = found[0].tolist()
+    cost = sum(run_cost(values[a:b].astype(np.float64), np.ones(b - a)) for a, b in pairwise(cuts))
+    assert cost <= exhaustive_programme(values, 4) * 1.001
