@@ -153,7 +153,7 @@ def decode_parity(
         runner.reset()
         cut = max(1, longest.shape[1] - _LAST)
         pieces = [*torch.split(longest[:, :cut], _PIECE, dim=1), *torch.split(longest[:, cut:], 1, dim=1)]
-        comparison.add(_reference(reference, longest), (runner.step(piece) for piece in pieces))
+        comparison.add(_reference(reference, longest), (runner.step(piece) for piece in pieces if piece.shape[1]))
     length = 0 if longest is None else longest.shape[1]
     return comparison.verdict(limits or ParityLimits(), executed_by, length)
 

@@ -195,7 +195,7 @@ def test_a_round_finds_the_best_of_all_cuts_within_its_windows(stride: int, monk
         return sum(run_cost(values[a:b].astype(np.float64), np.ones(b - a)) for a, b in pairwise((0, *cuts, 40)))
 
     windows = [[cut + stride * step for step in range(-2, 3)] for cut in begun[0, 1:-1].tolist()]
-    ways = [cuts for cuts in product(*windows) if list(cuts) == sorted(cuts) and 0 <= cuts[0] and cuts[-1] <= 40]
+    ways = [cuts for cuts in product(*windows) if list(cuts) == sorted(cuts) and cuts[0] >= 0 and cuts[-1] <= 40]
     assert moved[0] == 0
     assert moved[-1] == 40
     assert tuple(moved[1:-1]) == min(ways, key=cost)
