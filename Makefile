@@ -76,7 +76,9 @@ mutants: setup
 
 coverage: setup
 	$(BIN)/python -c "import coverage" || $(PIP) coverage==7.17.3
-	$(BIN)/python -P -m coverage run --branch --source=dwindle -m pytest -q
+	rm -f .coverage .coverage.*
+	$(BIN)/python -P -m coverage run -m pytest -q $(SPREAD)
+	$(BIN)/python -P -m coverage combine --quiet
 	$(BIN)/python -P tests/reliability/coverage_by_room.py
 
 # From the pins to the sha256 of every file of each, for all platforms; and the page of licences.
