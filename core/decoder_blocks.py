@@ -20,10 +20,15 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from dwindle.anatomy import Anatomy
+    from dwindle.anatomy import Anatomy, Part
     from dwindle.bundle import ModelBundle
 
-__all__ = ["DecoderBlocks", "InMemoryBlocks"]
+__all__ = ["STAGES", "TO_RESIDUAL", "DecoderBlocks", "InMemoryBlocks", "entering_linear"]
+
+STAGES: tuple[tuple[Part, ...], ...] = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
+"""Linears of a block that read the same tensor, in the order in which they are called."""
+TO_RESIDUAL: tuple[Part, ...] = ("o", "down")
+"""Linears whose outputs are added to the residual stream."""
 
 
 class DecoderBlocks(Protocol):
@@ -126,6 +131,34 @@ class InMemoryBlocks:
         logits: Tensor = self._model.get_output_embeddings()(normed).float()
         cap = self.anatomy.traits.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def entering_linear(
+    blocks: DecoderBlocks, layer: int, block: nn.Module, linear: nn.Module, hidden: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return a linear's input [n, I] and the residual stream [n, D] that the output of its half block is added to.
+
+    `block` is the block of `layer`, in memory; `hidden` [B, T, D] enters it, and `weights` are as in `forward`.
+    """
+    caught: list[Tensor] = []
+    stream = [hidden]
+    start = len(blocks.anatomy.layer_path(layer)) + 1
+    middle = block.get_submodule(blocks.anatomy.layer_norms(layer)[1][start:])
+
+    def enter_middle(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        stream.append(inputs[0])
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(inputs[0].detach().float().flatten(0, -2))
+        raise _Enough
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        hooks.enter_context(contextlib.suppress(_Enough))
+        hooks.callback(middle.register_forward_pre_hook(enter_middle).remove)
+        hooks.callback(linear.register_forward_pre_hook(enter).remove)
+        blocks.forward(layer, hidden, weights)
+    return caught[0], stream[-1].detach().float().flatten(0, -2)
 
 
 class _Enough(Exception):

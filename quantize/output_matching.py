@@ -26,15 +26,13 @@ inputs from the coded prefix and the float weight as the target, 0.205 with y = 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwindle.anatomy import Part
-from dwindle.decoder_blocks import DecoderBlocks
+from dwindle.decoder_blocks import STAGES, TO_RESIDUAL, DecoderBlocks, entering_linear
 from dwindle.quantize.layer_statistics import InputSums, LayerStatistics, require_finite
 from dwindle.weights import QuantizedWeight
 
@@ -42,8 +40,6 @@ __all__ = ["TargetCoder", "match_outputs", "target_weight"]
 
 DAMPING = 0.01
 """Share of the mean of H^'s diagonal that ties the target to the float weight."""
-_STAGES: tuple[tuple[Part, ...], ...] = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
-_TO_RESIDUAL = ("o", "down")
 
 TargetCoder = Callable[[str, Tensor, LayerStatistics], QuantizedWeight]
 """(name of the linear, target weight [O, I], statistics of its input behind the coded prefix) -> codes."""
@@ -68,11 +64,11 @@ def match_outputs(
     linears = {part: (name, block.get_submodule(name[start:])) for part, name in blocks.anatomy.parts(layer).items()}
     found: dict[str, QuantizedWeight] = {}
     dense: dict[str, Tensor] = {}
-    for stage in _STAGES:
+    for stage in STAGES:
         wanted = [linears[part] for part in stage if part in linears and linears[part][0] in names]
         if not wanted:
             continue
-        sums = _StageSums(blocks, layer, block, wanted[0][1], stage[0] in _TO_RESIDUAL)
+        sums = _StageSums(blocks, layer, block, wanted[0][1], stage[0] in TO_RESIDUAL)
         for states, float_states in zip(inputs, float_inputs, strict=True):
             sums.add(states, float_states, dense)
         statistics = sums.statistics()
@@ -111,15 +107,13 @@ class _StageSums:
         self._crossed = torch.zeros(width, width, device=blocks.device)
         self._residual = to_residual and anatomy.traits.norm_layout == "pre"
         self._lacking = torch.zeros(anatomy.width, width, device=blocks.device) if self._residual else None
-        start = len(anatomy.layer_path(layer)) + 1
-        norms = anatomy.layer_norms(layer)
-        self._middle = block.get_submodule(norms[1][start:])
         self._tokens = 0
 
     def add(self, states: Tensor, float_states: Tensor, dense: dict[str, Tensor]) -> None:
         """Count in a batch; `dense` are the weights of this block that are coded already."""
-        given, stream = self._caught(states, dense)
-        wanted, float_stream = self._caught(float_states, {})
+        at = self._blocks, self._layer, self._block, self._linear
+        given, stream = entering_linear(*at, states, dense)
+        wanted, float_stream = entering_linear(*at, float_states)
         self._tokens += len(given)
         self._sums.add(given)
         self._crossed.addmm_(wanted.T, given)
@@ -139,26 +133,3 @@ class _StageSums:
     def lacking(self) -> Tensor | None:
         """Return mean (h - h^) x^^T [D, I] for linears that add to the residual stream as they are."""
         return None if self._lacking is None else self._lacking / self._tokens
-
-    def _caught(self, states: Tensor, dense: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the linear's input [n, I] and the residual stream [n, D] that its output is added to."""
-        caught: list[Tensor] = []
-        stream = [states]
-
-        def enter_middle(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            stream.append(inputs[0])
-
-        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            caught.append(inputs[0].detach().float().flatten(0, -2))
-            raise _Enough
-
-        with contextlib.ExitStack() as hooks, torch.no_grad():
-            hooks.enter_context(contextlib.suppress(_Enough))
-            hooks.callback(self._middle.register_forward_pre_hook(enter_middle).remove)
-            hooks.callback(self._linear.register_forward_pre_hook(enter).remove)
-            self._blocks.forward(self._layer, states, dense)
-        return caught[0], stream[-1].detach().float().flatten(0, -2)
-
-
-class _Enough(Exception):
-    """What was wanted of the forward pass is known."""

@@ -1,4 +1,4 @@
-"""Where recovery begins: the best low-rank part of the errors of weights, outputs and predictions, by brute force."""
+"""Where recovery begins: the best low-rank part of the error of weights and of outputs, by brute force."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dwindle.adapters.attach import adapter_config, attach, target_names
-from dwindle.adapters.error_start import largest_divergences, largest_errors, largest_output_errors
-from dwindle.adapters.linear_moments import divergence_moments
+from dwindle.adapters.error_start import largest_errors, largest_output_errors
 from dwindle.adapters.options import RecoverOptions
 from dwindle.quantize import QuantizeOptions
 from dwindle.quantize import run as quantized
@@ -38,8 +37,7 @@ def starts(tiny_bundle: Callable[..., Any]) -> dict[str, Any]:
     lost = {name: (teacher.model.get_submodule(name).weight - base.model.get_submodule(name).weight).detach().double()
             for name in names}  # fmt: skip
     return {"names": names, "inputs": inputs, "lost": lost, "error": largest_errors(base, teacher, adapted, names),
-            "outputs": largest_output_errors(base, teacher, adapted, names, IDS), "teacher": teacher,
-            "fisher": largest_divergences(base, teacher, adapted, names, IDS)}  # fmt: skip
+            "outputs": largest_output_errors(base, teacher, adapted, names, IDS)}  # fmt: skip
 
 
 def left(starts: dict[str, Any], kind: str, name: str) -> Tensor:
@@ -64,24 +62,6 @@ def test_the_outputs_start_repairs_more_of_the_outputs_and_no_rank_of_that_size_
         least = torch.linalg.svdvals(starts["lost"][name] @ root)[RANK:].norm()
         assert ours <= theirs
         assert float(ours) == pytest.approx(float(least), rel=1e-4)
-
-
-def test_the_fisher_start_leaves_the_least_divergence_of_its_rank(starts: dict[str, Any]) -> None:
-    teacher, checked = starts["teacher"], 0
-    for layer in range(teacher.anatomy.layers):
-        for row in divergence_moments(teacher, set(teacher.anatomy.parts(layer).values()), IDS):
-            for name in row.names:
-                factors = []
-                for moment in (row.gradients[name], row.inputs):
-                    moment = moment / moment.diagonal().mean() + 0.1 * torch.eye(len(moment), dtype=torch.float64)
-                    factors.append(torch.linalg.cholesky(moment))
-                told = {kind: float((factors[0].T @ left(starts, kind, name) @ factors[1]).norm())
-                        for kind in ("error", "outputs", "fisher")}  # fmt: skip
-                least = torch.linalg.svdvals(factors[0].T @ starts["lost"][name] @ factors[1])[RANK:].norm()
-                assert told["fisher"] == pytest.approx(float(least), rel=1e-4)
-                assert told["fisher"] <= min(told.values())
-                checked += 1
-    assert checked == len(starts["names"])
 
 
 def test_a_part_of_the_linears_is_begun_alone(starts: dict[str, Any], tiny_bundle: Callable[..., Any]) -> None:
