@@ -55,7 +55,8 @@ class Recovery:
     steps: int
     batch: int
     context: int
-    learning_rate: float
+    rates: Mapping[float, float]
+    """Peak rate by bits: the smaller the error to begin with, the lower."""
     rows: tuple[tuple[float, int], ...]
     """(bits, rank) of each row."""
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -63,8 +64,8 @@ class Recovery:
 
 
 RECOVERY = {
-    "stories260K": Recovery(300, 8, 256, 5e-3, tuple((bits, rank) for bits in BITS for rank in RANKS)),
-    "pycode-6m": Recovery(300, 4, 256, 8e-4, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32)),
+    "stories260K": Recovery(300, 8, 256, dict.fromkeys(BITS, 2.5e-3), tuple((b, rank) for b in BITS for rank in RANKS)),
+    "pycode-6m": Recovery(300, 4, 256, {2.0: 5e-4, 3.5: 3e-4}, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32)),
                           {"schedule": "cosine", "warmup_share": 0.1}),
 }  # fmt: skip
 TASKS = ("starter", "banking77", "clinc150")
@@ -103,7 +104,7 @@ def recovery(model: str, bits: float, rank: int, folder: Path) -> Record:
     text = DataOptions(train=tuple(real.text.place(one) for one in real.text.train), context=setting.context)
     tokens = training_set(text, base.tokenizer, base.anatomy.context)
     options = adapters.RecoverOptions(rank=rank, steps=setting.steps, batch_size=setting.batch,
-                                      learning_rate=setting.learning_rate, **setting.more)  # fmt: skip
+                                      learning_rate=setting.rates[bits], **setting.more)  # fmt: skip
     adapter, record = adapters.recover(base, options, teacher=real.bundle, train_tokens=tokens)
     adapter, record, _ = adapters.measured(adapter, record, base, real.meter(16_384))
     return {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwindle.divergence import forward_kl
 from dwindle.errors import DataError, GateFailed, RecipeError
 from dwindle.export.parity import _TEXT, Comparison, ParityLimits, decode_parity, parity_prompts, require_parity
 from dwindle.quantized_model import QuantizedLinear, apply_quantized_weights
@@ -127,7 +128,7 @@ def test_the_limits_are_those_of_the_docs() -> None:
 
 
 def test_pieces_of_both_sides_need_not_fall_together() -> None:
-    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * 0.1
     found = logits + 0.25
     found[33, 2] += 3
     comparison = Comparison()
@@ -135,6 +136,8 @@ def test_pieces_of_both_sides_need_not_fall_together() -> None:
     assert comparison.tokens == 40
     assert comparison.largest_error == pytest.approx(3.25, abs=1e-5)
     assert comparison.largest_logit == pytest.approx(float(logits.abs().max()))
+    assert comparison.largest_logit < 1
+    assert comparison.kl_sum == pytest.approx(40 * forward_kl(found.double(), logits.double()).item(), rel=1e-6)
     assert comparison.agreeing == int((logits.argmax(-1) == found.argmax(-1)).sum())
 
 
