@@ -65,7 +65,7 @@ class Recovery:
 
 RECOVERY = {
     "stories260K": Recovery(300, 8, 256, dict.fromkeys(BITS, 2.5e-3), tuple((b, rank) for b in BITS for rank in RANKS)),
-    "pycode-6m": Recovery(300, 4, 256, {2.0: 5e-4, 3.5: 3e-4}, ((2.0, 16), (3.5, 16), (2.0, 8), (2.0, 32)),
+    "pycode-6m": Recovery(300, 4, 256, {2.0: 5e-4, 3.5: 3e-4}, ((2.0, 8), (2.0, 16), (2.0, 32), (3.5, 16), (3.5, 32)),
                           {"schedule": "cosine", "warmup_share": 0.1}),
 }  # fmt: skip
 TASKS = ("starter", "banking77", "clinc150")

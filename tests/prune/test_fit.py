@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -344,5 +345,5 @@ def test_a_large_teacher_is_planned_in_seconds() -> None:
                        num_key_value_heads=8, head_dim=128, vocab_size=128_256, max_position_embeddings=8192)  # fmt: skip
     start = time.process_time()
     plan = planned(load_profile("iphone-15-pro"), {"tokens_per_second": 10}, config)
-    assert time.process_time() - start < 60
+    assert time.process_time() - start < (60 if sys.gettrace() is None else 600)  # coverage traces every line
     assert plan.chosen.holds
