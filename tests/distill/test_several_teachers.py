@@ -45,6 +45,19 @@ def test_teachers_that_do_not_fit_are_named(tiny_bundle: Factory, tmp_path: Path
     narrow = DistillOptions(steps=1, batch_size=8, other_teachers=(TeacherSpec(str(tmp_path / "narrow"), 0.3),))
     with pytest.raises(RecipeError, match=r"teacher .*narrow: the teacher's vocabulary has"):
         run(student, narrow, teacher=first, train=tokens(student))
+    tiny_bundle(seed=2, max_position_embeddings=8).save(tmp_path / "short")
+    short = DistillOptions(steps=1, batch_size=8, other_teachers=(TeacherSpec(str(tmp_path / "short"), 0.3),))
+    with pytest.raises(RecipeError, match=r"teacher .*short: windows predict 12 tokens, its context is 8"):
+        run(student, short, teacher=first, train=tokens(student))
+    tiny_bundle(seed=2).save(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    rules = json.loads(file.read_text(encoding="utf-8"))
+    vocab = rules["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(rules), encoding="utf-8")
+    other = DistillOptions(steps=1, batch_size=8, other_teachers=(TeacherSpec(str(tmp_path / "other"), 0.3),))
+    with pytest.raises(RecipeError, match=r"teacher .*other: .*tokenizer"):
+        run(student, other, teacher=first, train=tokens(student))
     with pytest.raises(RecipeError, match=r"share=1\.5 of teacher a"):
         TeacherSpec("a", 1.5)
     pair = (TeacherSpec("a", 0.6), TeacherSpec("b", 0.5))

@@ -27,6 +27,8 @@ from dwindle.distill import (
 )
 from dwindle.distill.head import tail_of
 from dwindle.errors import RecipeError, UnsupportedModel
+from dwindle.quantize import QuantizeOptions
+from dwindle.quantize import run as quantized
 from dwindle.token_set import TokenSet
 from dwindle.tokenization import encoding_sha256
 
@@ -217,6 +219,13 @@ def test_damaged_checkpoints_are_refused(stored: Callable[..., Path], offload: b
         Teacher.load(folder, offload=offload)
     with pytest.raises(UnsupportedModel, match=r"cannot be (loaded|built)"):
         Teacher.load(change(stored("falcon"), num_attention_heads=5), offload=offload)
+
+
+def test_codes_are_not_read_layer_by_layer(tiny_bundle: Any, tmp_path: Path) -> None:
+    quantized(tiny_bundle("llama"), QuantizeOptions(scheme="palettize", bits=4))[0].save(tmp_path / "packed")
+    assert Teacher.load(tmp_path / "packed").anatomy is not None
+    with pytest.raises(UnsupportedModel, match="codes are not read layer by layer"):
+        Teacher.load(tmp_path / "packed", offload=True)
 
 
 def test_a_model_that_reads_ahead_is_no_teacher() -> None:
