@@ -88,6 +88,12 @@ def test_lines_hold_exactly_where_the_estimate_does(line: str, runtime: str, end
     assert len(seen) == 2
 
 
+def test_a_device_says_nothing_about_quality() -> None:
+    budgets = parse_budgets(["kl_nats_per_token <= 0.1"])
+    with pytest.raises(RecipeError, match="a device says nothing about quality"):
+        headroom(load_profile("iphone-15-pro"), budgets, Place("coreml", 32_000, 128, 2048))
+
+
 def test_loading_needs_a_known_storage() -> None:
     profile = dataclasses.replace(load_profile("iphone-15-pro"), storage=None)
     with pytest.raises(RecipeError, match="has no storage"):

@@ -62,9 +62,10 @@ def test_a_measurement_replaces_the_estimate(run_folder: Path) -> None:
     assert speed(other).basis == "estimated"
     (longer,), _ = run(replace(ASKED, prompt_tokens=9), [exported(run_folder)], folder=run_folder)
     assert speed(longer).basis == "estimated"
-    place.write_text("{}")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_measurements(run_folder)
+    for damaged, told in (("{}", "'schema'"), ('{"schema": 99}', "schema 99, needed 1"), ("[" * 90_000, "recursion")):
+        place.write_text(damaged)
+        with pytest.raises(DataError, match=f"cannot be read: .*{told}"):
+            read_measurements(run_folder)
 
 
 def test_one_that_cannot_stand_in_is_told(run_folder: Path) -> None:

@@ -253,6 +253,9 @@ def test_a_window_the_cache_has_not_is_an_error(teacher: Any, options: CacheOpti
     cache = write_cache(teacher, windows(teacher), options)
     with pytest.raises(DataError, match="2 of the 2 windows of the batch"):
         cache.targets(windows(teacher, 2, seed=8).ids[:, :-1])
+    smaller = LogitCache(cache.folder, replace(cache.manifest, vocabulary=260))  # a field holds ids up to 511
+    with pytest.raises(DataError, match=r"a window of this logit cache is none \(ids beyond the vocabulary\)"):
+        smaller.targets(windows(teacher).ids[:, :-1])
     empty = LogitCache(cache.folder, replace(cache.manifest, shards={}))
     assert not empty.holds(window_hashes(windows(teacher).ids)).any()
 

@@ -43,6 +43,9 @@ def test_a_bare_package_is_measured_like_its_artifact(
     code, _, err = invoke(capsys, "evaluate", "-m", package, "--text", text)
     assert code == 2
     assert "its tokenizer cannot be told from the package" in err
+    code, _, err = invoke(capsys, "evaluate", "-m", tmp_path / "coreml", "--text", text, "--context", "99999")
+    assert code == 2
+    assert "--context 99999: the artifact takes at most" in err
 
 
 def test_an_encoder_goes_through_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -60,6 +63,11 @@ def test_an_encoder_goes_through_optimum(capsys: pytest.CaptureFixture[str], tmp
     code, _, err = invoke(capsys, "evaluate", "-m", tmp_path / "onnx", "--text", folder / "config.json")
     assert code == 2
     assert "this is an encoder" in err
+    code, _, err = invoke(capsys, "export", "-m", folder, "-o", tmp_path / "no", "--format", "coreml")
+    assert (code, "is no decoder; such models are exported to onnx" in err) == (2, True)
+    code, _, err = invoke(capsys, "export", "-m", folder, "-o", tmp_path / "no", "--format", "onnx", "--adapter", "a")
+    assert (code, "adapters go with decoders only" in err) == (2, True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_text_that_is_not_there_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_a_large_teacher_is_planned_from_its_config(
     start = time.process_time()
     code, out, err = invoke(capsys, "-m", config, *PHONE, "--tokens-per-second", 30, "-o", tmp_path / "plan.json")
     assert code == 0, err
-    assert time.process_time() - start < 15  # on a quiet core 2 s, imports included
+    limit = 15 if sys.gettrace() is None else 150  # on a quiet core 2 s, imports included; coverage traces every line
+    assert time.process_time() - start < limit
     plan = json.loads((tmp_path / "plan.json").read_text())
     best = plan["chosen"]
     assert 6.3e9 < plan["parameters"] < 6.5e9

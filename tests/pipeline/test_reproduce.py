@@ -72,6 +72,17 @@ def test_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no finished run" in told
 
 
+def test_a_report_without_its_recipe_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    code, told = again(capsys, tmp_path / "run")
+    assert code == 2
+    assert "holds no recipe.yaml" in told
+    assert not (tmp_path / "run-reproduced").exists()
+
+
 def test_the_report_says_what_it_was_made_on(tmp_path: Path) -> None:
     found = environment()
     assert found["memory_bytes"] > 1e8
