@@ -77,7 +77,7 @@ mutants: setup
 coverage: setup
 	$(BIN)/python -c "import coverage" || $(PIP) coverage==7.17.3
 	rm -f .coverage .coverage.*
-	$(BIN)/python -P -m coverage run -m pytest -q $(SPREAD)
+	$(BIN)/python -P -m coverage run -m pytest -q $(SPREAD) -m "not demo"
 	$(BIN)/python -P -m coverage combine --quiet
 	$(BIN)/python -P tests/reliability/coverage_by_room.py
 
