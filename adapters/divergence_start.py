@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dwindle.adapters.attach import NAME, adapter_tensors
-from dwindle.adapters.error_start import DAMPING, Root, low_rank, some_windows, weight_error
+from dwindle.adapters.error_start import DAMPING, Root, dense_weight, low_rank, some_windows
 from dwindle.adapters.linear_moments import BATCH_TOKENS, gradient_moments, weights_frozen
 from dwindle.decoder_blocks import STAGES, TO_RESIDUAL, InMemoryBlocks, entering_linear
 from dwindle.evaluation_mode import evaluating
@@ -105,10 +105,8 @@ class _Lost:
 
     def on_whitened(self, bundle: ModelBundle, teacher: ModelBundle, name: str) -> Tensor:
         """Return R X^^T H^(-1/2) [O, I] of a linear."""
-        error = weight_error(bundle, teacher, name)
-        weight: Any = teacher.model.get_submodule(name).weight
-        dense: Tensor = weight.detach().double().cpu()
-        missing = dense @ (self._crossed - self._read) + error @ self._read + self._lacking + DAMPING * error
+        before, after = (dense_weight(of, name) for of in (teacher, bundle))
+        missing = before @ self._crossed - after @ self._read + self._lacking + DAMPING * (before - after)
         return missing @ self.inputs.inverse
 
 

@@ -28,7 +28,7 @@ from dwindle.adapters.linear_moments import input_moments
 if TYPE_CHECKING:
     from dwindle.bundle import ModelBundle
 
-__all__ = ["DAMPING", "Root", "largest_errors", "largest_output_errors", "low_rank", "some_windows", "weight_error"]
+__all__ = ["DAMPING", "Root", "dense_weight", "largest_errors", "largest_output_errors", "low_rank", "some_windows"]
 
 _TOKENS = 16_384
 """Tokens of the training text that moments are taken from."""
@@ -42,7 +42,7 @@ def largest_errors(
     """Return A and B whose product is the best rank-r part of what quantization changed in each linear."""
     tensors = adapter_tensors(adapted.model)
     for name in names:
-        _put(tensors, name, *low_rank(adapted, name, weight_error(bundle, teacher, name)))
+        _put(tensors, name, *low_rank(adapted, name, _error(bundle, teacher, name)))
     return tensors
 
 
@@ -55,7 +55,7 @@ def largest_output_errors(
         for row in input_moments(bundle, set(bundle.anatomy.parts(layer).values()) & wanted, ids):
             inputs = Root(row.inputs)
             for name in row.names:
-                weighed = weight_error(bundle, teacher, name) @ inputs.root
+                weighed = _error(bundle, teacher, name) @ inputs.root
                 _put(tensors, name, *low_rank(adapted, name, weighed, inputs=inputs))
     return tensors
 
@@ -91,13 +91,14 @@ def some_windows(ids: Tensor) -> Tensor:
     return ids[:: max(1, len(ids) // count)][:count]
 
 
-def weight_error(bundle: ModelBundle, teacher: ModelBundle, name: str) -> Tensor:
+def _error(bundle: ModelBundle, teacher: ModelBundle, name: str) -> Tensor:
     """Return W - W_quantized [O, I] in float64 on the CPU."""
-    before, after = (_dense(of, name) for of in (teacher, bundle))
+    before, after = (dense_weight(of, name) for of in (teacher, bundle))
     return before - after
 
 
-def _dense(bundle: ModelBundle, name: str) -> Tensor:
+def dense_weight(bundle: ModelBundle, name: str) -> Tensor:
+    """Return the weight of a linear [O, I], codes unpacked, in float64 on the CPU."""
     weight: Any = bundle.model.get_submodule(name).weight
     dense: Tensor = weight.detach().double().cpu()
     return dense
